@@ -1,0 +1,6 @@
+"""`python -m neva`."""
+
+from neva.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="neva")

@@ -1,0 +1,127 @@
+"""All that crosses from data to model: one micro-batch, and how images are laid out in it.
+
+Shapes: b rows, s `seq_length`, n tiles, m inline tiles, k memory tiles, p tokens per tile, g longest tag,
+l labelled tokens (padded), d documents, r runs.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Int32, Int64, UInt8
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a token that carries no loss."""
+IMAGE = -200
+"""Token id at the place of one image feature, as LLaVA writes it."""
+VECTORS = -201
+"""Token id of learned vector 0; vector number v has the id `VECTORS - v`."""
+IMAGE_START, IMAGE_END = VECTORS, VECTORS - 1
+"""The two learned vectors of `use_im_start_end`: before and after the features of an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLayout:
+    """How one image becomes tiles, and tiles become tokens: all that data needs to know about vision.
+
+    Derived from the model's config (`VLMConfig.layout`), never written by hand in a recipe.
+    A field with one legal value names a decision that later models make differently.
+    """
+
+    tile: int
+    """Side of a square tile in pixels."""
+    tokens_per_tile: int
+    """Features that the projector gives for a tile."""
+    min_tiles: Literal[1] = 1
+    max_tiles: Literal[1] = 1
+    """Tiles that an image may be cut into; 1 resizes the whole image to one tile."""
+    inline: Literal["all"] = "all"
+    """Which tiles stand in the token sequence; the others would be cross-attention memory."""
+    tags: Literal["none"] = "none"
+    """Text written before each tile."""
+    image_prefix: str = ""
+    """Text before an image's features."""
+    image_suffix: str = ""
+    """Text after an image's features."""
+    start_end: bool = False
+    """A learned vector (`IMAGE_START`, `IMAGE_END`) on either side of an image's features."""
+    aspect: Literal["square", "pad", "crop"] = "pad"
+    """`square` squashes, `pad` pads to a square with `pad_colour`, `crop` resizes the short side and cuts the centre."""
+    pad_colour: tuple[int, int, int] = (122, 116, 104)
+    """RGB of the padding; LLaVA-1.5 uses int(255 * CLIP mean)."""
+    resample: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"
+    """Pillow's resampling filter."""
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Token positions that one image takes, learned start and end vectors included; prefix and suffix text not."""
+        return self.tokens_per_tile + (2 if self.start_end else 0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """One micro-batch of packed rows. Every length is final: the model neither counts nor syncs.
+
+    Example with s = 8 and two samples in one row, `9 9` their answers and `i` an image of two features:
+        tokens    5 i i 9 | 6 9 9 | 0        (i = IMAGE; padding is 0)
+        segments  1 1 1 1 | 2 2 2 | 0
+        positions 0 1 2 3 | 0 1 2 | 0
+        labels    . . 9 . | 9 9 . | .        (already shifted: the label at t is the token after t)
+        slots     [[1, 2]]                   cu_seqlens [0, 4, 7, 8]
+    """
+
+    tokens: Int64[Tensor, "b s"]
+    """Ids; `IMAGE` at features, `VECTORS - v` at learned vector v, 0 at padding."""
+    labels: Int64[Tensor, "b s"]
+    """The token that follows in the same segment where it carries loss, else `IGNORE`."""
+    positions: Int64[Tensor, "b s"]
+    """Position within the segment, from 0."""
+    segments: Int64[Tensor, "b s"]
+    """Segment number from 1 in each row; 0 is padding, whose attention output is 0."""
+    cu_seqlens: Int32[Tensor, " d1"]
+    """Document bounds in the flattened b*s (padding runs are documents too), padded with b*s to a fixed length."""
+    max_len: int
+    """An upper bound on the length of a document."""
+    labelled: Int64[Tensor, " l"]
+    """Flat positions that carry a label, padded with -1 to a multiple of the head's chunk."""
+    groups: Int64[Tensor, "b s"]
+    """Number of the kind (or source) of each token's sample, an index into `group_names`."""
+    group_names: tuple[str, ...]
+    tiles: UInt8[Tensor, "n c h w"]
+    """Pixels; normalised on the device. n may be 0."""
+    inline: Int64[Tensor, " m"]
+    """Rows of `tiles` whose features stand in the sequence."""
+    slots: Int64[Tensor, "m p"]
+    """Flat position of each inline feature; -1 is a feature that is not placed."""
+    memory: Int64[Tensor, " k"]
+    """Rows of `tiles` that are cross-attention memory; empty while every image is inline."""
+    memory_tags: Int64[Tensor, "k g"]
+    """Token ids of each memory tile's tag, -1 pads."""
+    sees: Int64[Tensor, "b s 2"]
+    """Half-open range of memory rows that a token may attend to."""
+    runs: Int64[Tensor, "r 4"]
+    """`sees` compressed: (query start, query end, memory start, memory end) over the flattened b*s."""
+    any_tiles: bool
+    """Does any rank's micro-batch of this number hold a tile? If none does, every rank skips the encoder."""
+    keys: tuple[tuple[str, str], ...] = ()
+    """(source, id) of each segment, row by row, for replay and reports."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with every tensor on `device`; the copy does not wait."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+    def pin(self) -> "Batch":
+        """The same batch in page-locked memory, from which a copy to a GPU can overlap compute."""
+        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self) if isinstance(getattr(self, f.name), Tensor)})
+
+    @property
+    def label_count(self) -> int:
+        """Tokens that carry loss."""
+        return int((self.labelled >= 0).sum())
+
+    @property
+    def useful_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int((self.segments > 0).sum())

@@ -1,0 +1,170 @@
+"""The `neva` command. Each subcommand calls one function of `neva.api` and prints what it returns.
+
+Nothing heavy is imported before a subcommand runs: `neva --help` answers at once.
+"""
+
+import errno
+import json
+import sys
+from typing import Any
+
+import click
+
+from neva import __version__
+
+
+class _Neva(click.Group):
+    """Prints what a user can fix as one `error:` line with exit code 1, in place of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+        except Exception as error:
+            message, code = _plain(error)
+            if message is None or ctx.params.get("traceback"):
+                raise
+            click.echo(message, err=True)
+            ctx.exit(code)
+
+
+def _plain(error: Exception) -> tuple[str | None, int]:
+    """What to print for an error and the exit code; None where the traceback is the message."""
+    # Looked up, not imported: a command that did not train has not paid for the import of torch.
+    loop = sys.modules.get("neva.training.loop")
+    stopped: Any = error if loop is not None and isinstance(error, loop.Stopped) else None
+    if stopped is not None:
+        return stopped.message, stopped.exit_code
+    if isinstance(error, OSError):
+        if error.errno == errno.EPIPE:
+            return None, 1  # the reader of our output is gone; click leaves quietly
+        return f"error: {error.filename}: {error.strerror}" if error.filename and error.strerror else f"error: {error}", 1
+    return (f"error: {error}", 1) if isinstance(error, ValueError) else (None, 1)
+
+
+@click.group(cls=_Neva, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--traceback", is_flag=True, hidden=True, envvar="NEVA_TRACEBACK", help="Show where an error arose.")
+@click.version_option(__version__, prog_name="neva")
+def main(traceback: bool) -> None:
+    """Train, evaluate and run vision-language models.
+
+    neva demo trains a tiny model on this machine in minutes. An override is key=value for all stages of a recipe, or
+    STAGE:key=value for one: neva train llava-tiny optim.lr=1e-3 finetune:steps=200
+    """
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1)
+@click.option("--resume", metavar="auto|PATH", help="Go on from the newest checkpoint of the run's folder, or from PATH.")
+@click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Processes to start on this machine.")
+@click.pass_context
+def train(ctx: click.Context, recipe: str, overrides: tuple[str, ...], resume: str | None, nproc: int | None) -> None:
+    """Train RECIPE: a name that `neva recipes` lists, NAME/STAGE, or a saved config.yaml."""
+    from neva import api
+
+    if nproc is not None:
+        from neva import launch
+
+        api.recipe(recipe, overrides)  # a wrong key is said once, before any rank starts
+        flags = ["--traceback"] if ctx.find_root().params["traceback"] else []
+        options = ["--resume", resume] if resume else []
+        ctx.exit(launch.local([*flags, "train", *options, "--", recipe, *overrides], nproc))
+    api.train(recipe, overrides, resume=resume)
+
+
+@main.command()
+@click.argument("overrides", nargs=-1)
+@click.option("--out", default="runs/demo", show_default=True, metavar="FOLDER", help="Where the run is written.")
+def demo(overrides: tuple[str, ...], out: str) -> None:
+    """Train a tiny model on handwritten digits, then let it answer questions about new ones."""
+    from neva import api
+
+    api.demo(out=out, overrides=overrides)
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1)
+def show(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Print the resolved config of RECIPE as YAML; `neva train` takes it back as a file."""
+    from neva import api
+
+    click.echo(api.show(recipe, overrides).rstrip("\n"))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="A list of {name, stages, description}.")
+def recipes(as_json: bool) -> None:
+    """List the recipes."""
+    from neva.recipes import listing
+
+    rows = listing()
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        click.echo(f"{row['name']:{width}}  {row['description']} [{' → '.join(row['stages'])}]")
+
+
+@main.command()
+@click.argument("checkpoint", metavar="CKPT")
+@click.option("--prompt", metavar="TEXT", help="One question; `<image>` marks where an image stands, else images come first.")
+@click.option("--image", "images", multiple=True, type=click.Path(exists=True, dir_okay=False), help="An image of the prompt; repeatable.")
+@click.option("--data", type=click.Path(exists=True, dir_okay=False), help="A LLaVA-format file: answers each sample's questions.")
+@click.option("--image-folder", type=click.Path(exists=True, file_okay=False), help="Folder of the data's images.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(min=0), metavar="F", help="0 takes the likeliest token.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), metavar="F", help="Sample from the likeliest tokens of this mass.")
+@click.option("--top-k", type=click.IntRange(min=0), metavar="N", help="Sample from the N likeliest tokens; 0 from all.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable.")
+@click.option("--seed", type=int, metavar="N", help="Seed of the sampling.")
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples answered at once.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def generate(checkpoint: str, as_json: bool, **options: Any) -> None:
+    """Answer a prompt, or the questions of a data file, with a checkpoint (a step_N folder or a run's folder)."""
+    if (options["prompt"] is None) == (options["data"] is None):
+        raise click.UsageError("give --prompt TEXT for one question, or --data FILE for a file of them (one of the two)")
+    if options["data"] is not None and options["images"]:
+        raise click.UsageError("--image goes with --prompt; a data file names its own images, relative to --image-folder")
+    if options["prompt"] is not None and options["image_folder"] is not None:
+        raise click.UsageError("--image-folder goes with --data; give the prompt's images with --image")
+    from neva import api
+
+    for row in api.generate(checkpoint, **_given(options)):
+        if as_json:
+            click.echo(json.dumps(row, ensure_ascii=False))
+        else:
+            click.echo(row["text"] if options["prompt"] is not None else f"{row['id']}: {row['text']}")
+
+
+@main.command("eval")
+@click.argument("checkpoint", metavar="CKPT")
+@click.option("--data", required=True, type=click.Path(exists=True, dir_okay=False), help="A LLaVA-format file with the right answers.")
+@click.option("--image-folder", type=click.Path(exists=True, file_okay=False), help="Folder of the data's images.")
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples answered at once.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Longest answer.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def evaluate(checkpoint: str, as_json: bool, **options: Any) -> None:
+    """Exact-match accuracy of a checkpoint on a data file, per kind of question."""
+    from neva import api
+
+    result = api.evaluate(checkpoint, **_given(options))
+    if as_json:
+        click.echo(json.dumps(result, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("kind", "accuracy", caption=f"{result['n']} questions")
+    for kind, accuracy in result["accuracy"].items():
+        table.add_row(kind, f"{accuracy:.1%}")
+    Console().print(table)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given: what was not keeps the default that `api` documents."""
+    return {name: value for name, value in options.items() if value not in (None, ())}

@@ -1,0 +1,157 @@
+"""Reads images of any mode as RGB, and cuts them to square uint8 tiles.
+
+Shapes: n tiles of side p pixels.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, TiffImagePlugin
+from torch import Tensor
+
+from neva.batch import ImageLayout
+from neva.data.sample import Picture
+
+MAX_PIXELS = 89_000_000
+"""Largest image that is decoded: a small file can claim a size that fills the memory (Pillow warns from about here)."""
+WHITE = (255, 255, 255)
+RESAMPLE = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "lanczos", "nearest")}
+# The transposition that undoes each EXIF orientation; 1 is upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(picture: Picture) -> Image.Image:
+    """The picture decoded, upright and in RGB; transparency is laid over white, deep greys are scaled to 8 bits.
+
+    Raises ValueError with the reason if it is missing, empty, truncated, no image, or too large.
+    """
+    with _opened(picture) as image:
+        orientation = _orientation(image)  # of a PNG it must be asked before: the header's answer counts, as in image_size
+        image.load()
+        if image.format == "TIFF":
+            orientation = _orientation(image)  # Pillow turns a TIFF by itself, and then says that it is upright
+        turn = UPRIGHT.get(orientation)
+        rgb = _rgb(image)
+        return rgb.transpose(turn) if turn is not None else rgb
+
+
+def image_size(picture: Picture) -> tuple[int, int]:
+    """(width, height) after EXIF rotation, from the header alone. Raises as `open_image`, except for damage after the header."""
+    with _opened(picture) as image:
+        width, height = image.size
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose `size` is already turned, or not, by Pillow's version
+            width, height = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def to_tiles(image: Image.Image, layout: ImageLayout) -> UInt8[Tensor, "n 3 p p"]:
+    """An RGB image as the layout's tiles; pixels are not normalised.
+
+    `pad` is LLaVA's expand2square followed by CLIP's resize, `crop` is CLIP's resize of the short side and centre crop
+    (equal bit for bit to transformers' CLIPImageProcessorPil), `square` resizes both sides.
+    Raises ValueError for an image so elongated that its padded or resized form would be too large.
+    """
+    size, resample = (layout.tile, layout.tile), RESAMPLE[layout.resample]
+    if layout.aspect == "pad":
+        image = _pad(image, layout.pad_colour)
+    if layout.aspect == "crop":
+        image = _crop(image, layout.tile, resample)
+    pixels = np.array(image.resize(size, resample))  # a resize to the same size is a copy
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()[None]
+
+
+@contextmanager
+def _opened(picture: Picture) -> Iterator[Image.Image]:
+    """The picture's header read and its size checked; whatever goes wrong up to the end of the block is a ValueError."""
+    try:
+        if isinstance(picture, Image.Image):
+            _check_size(picture)
+            yield picture
+            return
+        if isinstance(picture, bytes) and not picture:
+            raise ValueError("the image is empty (0 bytes): download it again or leave the sample out")
+        if isinstance(picture, Path) and picture.is_file() and picture.stat().st_size == 0:
+            raise ValueError(f"the image {picture} is empty (0 bytes): download it again or leave the sample out")
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            _check_size(image)
+            yield image
+    except ValueError:
+        raise
+    except FileNotFoundError:
+        raise ValueError(f"the image {picture} is missing: check image_folder and the sample's image path") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{_called(picture)} is too large to decode ({error}): make it smaller or leave the sample out") from None
+    except Exception as error:  # Pillow's decoders raise errors of a dozen types on damaged data
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{_called(picture)} cannot be read ({reason}): it is damaged or no image; replace it or leave the sample out") from None
+
+
+def _called(picture: Picture) -> str:
+    return f"the image {picture}" if isinstance(picture, Path) else "the image"
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"an image of {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}: make it smaller or leave the sample out"
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation that the header tells, 1 (upright) if none."""
+    if image.format == "PNG":  # getexif would decode the whole file to look for a chunk after the pixels
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))
+    else:
+        exif = image.getexif()
+    return int(exif.get(ExifTags.Base.Orientation, 1) or 1)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("an image of floating-point pixels has no known range: save it with 8 or 16 bits per channel")
+    if image.mode.startswith("I"):
+        # 16-bit greys; Pillow's own conversion cuts off everything above 255. 65535 / 257 = 255.
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _pad(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """LLaVA's expand2square: the image in the middle of a square of its long side."""
+    width, height = image.size
+    side = max(width, height)
+    if width == height:
+        return image
+    if side * side > 4 * MAX_PIXELS:
+        raise ValueError(f"an image of {width} x {height} pixels is too elongated to pad to a square: make it smaller or cut it")
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _crop(image: Image.Image, tile: int, resample: Image.Resampling) -> Image.Image:
+    """CLIP's: the short side resized to `tile`, the long side in proportion (rounded down), then the centre."""
+    short, long = sorted(image.size)
+    length = int(tile * long / short)
+    if tile * length > MAX_PIXELS:
+        raise ValueError(f"an image of {image.width} x {image.height} pixels is too elongated to crop: cut it, or use aspect 'pad'")
+    image = image.resize((tile, length) if image.width <= image.height else (length, tile), resample)
+    left, top = (image.width - tile) // 2, (image.height - tile) // 2
+    return image.crop((left, top, left + tile, top + tile))

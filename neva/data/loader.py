@@ -1,0 +1,405 @@
+"""Sources -> steps of packed micro-batches: blend, shuffle, measure, pack, deal to ranks, decode in workers, and an exact state.
+
+One global order and one global packing, functions of the seed alone; ranks and workers only share the work. So any number of them
+gives the same rows in each step, and a stopped run goes on bit for bit.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neva.batch import Batch
+from neva.data.encode import Encoder, Measure
+from neva.data.order import Order, Ref
+from neva.data.pack import Budget, Item, Packer, collate
+from neva.data.sample import Encoded, SampleError
+from neva.data.source import Source
+from neva.data.workers import Crew
+
+TILE_COST = 1 << 20
+"""A tile's cost in squared tokens: about what CLIP-L/336 computes for one, next to the attention of a 7B decoder."""
+NAMED = 100
+"""Skipped samples that are remembered by name; all are counted."""
+BLOCK = 64
+"""Least references that are measured and exchanged at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """How the loader works. Ranks must agree on all of it; `workers` and `prefetch` do not change the data."""
+
+    shuffle: bool = True
+    seed: int = 0
+    workers: int = 0
+    """Processes that measure, read and decode; 0 does it in this process."""
+    pool: int = 512
+    """Measured samples that packing chooses from."""
+    prefetch: int = 2
+    """Steps prepared ahead, or more if that keeps all workers busy; without workers none is."""
+    on_error: Literal["stop", "skip"] = "stop"
+    over_long: Literal["drop", "truncate", "error"] = "drop"
+    """A sample longer than a row. One that truncation leaves without a label, or that has too many tiles, is dropped."""
+    head_chunk: int = 64
+    """`Batch.labelled` is padded to a multiple of this."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("prefetch", 0), ("pool", 1), ("head_chunk", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name} is {getattr(self, name)}: it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Why a sample is left out. Crosses processes and ranks in place of its measure."""
+
+    why: Literal["long", "broken"]
+    source: str
+    id: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desk:
+    """What a worker's tasks need; sent once."""
+
+    sources: tuple[Source, ...]
+    encoder: Encoder
+    budget: Budget
+    options: LoaderOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A step that is packed and handed to the workers."""
+
+    waits: list[Callable[[], "Built"]]
+    """This rank's micro-batches."""
+    state: dict[str, Any]
+    """The loader's state once this step is yielded."""
+
+
+def alone(part: object) -> list[Any]:
+    """The `share` of a single rank."""
+    return [part]
+
+
+def row_cost(row: Sequence[Item]) -> float:
+    """What a row costs beyond its fixed length: attention within each sample, and its tiles."""
+    return float(sum(item.tokens**2 + TILE_COST * item.tiles for item in row))
+
+
+@dataclass(eq=False)
+class Loader:
+    """Yields steps forever, each the tuple of this rank's micro-batches. Close it when done.
+
+    `share(object)` returns the list of all ranks' objects; it and the iteration are collective: every rank takes the same steps.
+    Raises ValueError if the rows do not divide, the sources do not blend, or no sample can be used; SampleError for one that
+    cannot be read (on_error "stop") or is too long (over_long "error").
+    """
+
+    sources: Sequence[Source]
+    encoder: Encoder
+    budget: Budget
+    options: LoaderOptions
+    _: KW_ONLY
+    weights: Sequence[float | int] | None = None
+    """Relative shares of the samples drawn; by default the sources' lengths."""
+    rank: int = 0
+    world: int = 1
+    """Data ranks."""
+    share: Callable[[Any], list[Any]] = alone
+    row_cost: Callable[[Sequence[Item]], float] = row_cost
+    """What rows are dealt by, so that ranks finish together."""
+    _crew: Crew = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank {self.rank} is not one of {self.world} data ranks")
+        unit = self.world * self.budget.micro_rows
+        if self.budget.rows % unit:
+            near = [x for x in (self.budget.rows // unit * unit, -(-self.budget.rows // unit) * unit) if x]
+            raise ValueError(
+                f"batch.rows is {self.budget.rows}, not a multiple of {self.world} data ranks x {self.budget.micro_rows} batch.micro_rows: "
+                f"set it to {' or '.join(map(str, near))}"
+            )
+        self._names = tuple(source.name for source in self.sources)
+        self._lengths = tuple(len(source) for source in self.sources)
+        self._micro = self.budget.rows // unit
+        workers = self.options.workers
+        self._ahead = max(self.options.prefetch, -(-workers // self._micro)) if workers else 0
+        self._begin(self._fresh_order().drawn)
+        desk = Desk(sources=tuple(self.sources), encoder=self.encoder, budget=self.budget, options=self.options)
+        self._crew = Crew(workers, desk)
+
+    def __iter__(self) -> Iterator[tuple[Batch, ...]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, ...]:
+        # A failure further ahead is kept until its step's turn, so that how much is prefetched does not matter.
+        while len(self._planned) <= self._ahead and not (self._planned and isinstance(self._planned[-1], ValueError)):
+            self._planned.append(self._plan())
+        plan = self._planned[0]
+        if isinstance(plan, ValueError):
+            raise plan
+        self._planned.popleft()
+        built = [wait() for wait in plan.waits]
+        bad = [one for part in built for one in part.bad]
+        if self.options.on_error == "skip":
+            bad = [one for some in self.share(bad) for one in some]
+        self._undecoded += [(one.source, one.id, one.message) for one in bad]
+        self._state = plan.state
+        return tuple(part.batch for part in built)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Up to the last step yielded, over all ranks: samples `dropped` as longer than a row and `skipped` as unreadable, and
+        `epochs`, the passes over each source by name."""
+        state = self.state_dict()
+        epochs = {name: drawn / length for name, drawn, length in zip(self._names, state["drawn"], self._lengths, strict=True)}
+        return {"dropped": state["dropped"], "skipped": state["skipped"], "epochs": epochs}
+
+    @property
+    def skipped(self) -> tuple[SampleError, ...]:
+        """The first `NAMED` samples that were skipped, with the reasons."""
+        return tuple(SampleError(*one) for one in self.state_dict()["names"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last step yielded, as plain JSON; the same on every rank."""
+        lost = [list(one) for one in self._undecoded]
+        names = (self._state["names"] + lost)[:NAMED]
+        return self._state | {"skipped": self._state["skipped"] + len(lost), "names": names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where the loader that gave `state` stood, whatever its ranks and workers.
+
+        Raises ValueError if the sources, their weights, the seed or the row length are not those of the state.
+        """
+        for key, mine in self._identity().items():
+            if state.get(key) != mine:
+                raise ValueError(
+                    f"the saved data state has {key} {state.get(key)} but this run has {mine}: its samples would be lost or repeated. "
+                    "Put it back, or start the stage anew from the weights (init.model) without its data state"
+                )
+        self._begin(state["drawn"])
+        for source, epoch, index, tokens, tiles in state["pool"]:
+            self._packer.put(Item(Ref(source, epoch, index), tokens, tiles))
+        self._dropped, self._skipped, self._skipped_names = state["dropped"], state["skipped"], [list(one) for one in state["names"]]
+        self._step = state["step"]
+        self._state = self._snapshot()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._planned.clear()
+        self._blocks.clear()
+        self._crew.close()
+
+    def _fresh_order(self) -> Order:
+        weights = None if self.weights is None else tuple(float(weight) for weight in self.weights)
+        return Order(self._names, self._lengths, weights, self.options.seed, self.options.shuffle)
+
+    def _begin(self, drawn: Sequence[int]) -> None:
+        """Stands after `drawn` samples of each source, with an empty pool and nothing in flight."""
+        self._order = self._fresh_order()
+        self._order.drawn = list(drawn)
+        self._drawn = list(drawn)  # those that have come out of measuring; the order is ahead of them
+        self._packer = Packer(self.budget)
+        self._planned: deque[Plan | ValueError] = deque()
+        self._blocks: deque[tuple[list[Ref], Callable[[], list[Measure | Bad]]]] = deque()
+        self._measured: deque[tuple[Ref, Measure | Bad]] = deque()
+        self._barren = [0] * len(self._lengths)
+        self._dropped, self._skipped, self._step, self._last_items = 0, 0, 0, 0
+        self._skipped_names: list[list[str]] = []
+        self._undecoded: list[tuple[str, str, str]] = []
+        self._state = self._snapshot()
+
+    def _identity(self) -> dict[str, Any]:
+        weights = None if self.weights is None else [float(weight) for weight in self.weights]
+        return {
+            "version": 1,
+            "sources": [[name, length] for name, length in zip(self._names, self._lengths, strict=True)],
+            "weights": weights,
+            "seed": self.options.seed,
+            "shuffle": self.options.shuffle,
+            "seq_length": self.budget.seq_length,
+        }
+
+    def _snapshot(self) -> dict[str, Any]:
+        return self._identity() | {
+            "step": self._step,
+            "drawn": list(self._drawn),
+            "pool": [[*item.ref, item.tokens, item.tiles] for item in self._packer.items],
+            "dropped": self._dropped,
+            "skipped": self._skipped,
+            "names": list(self._skipped_names),
+        }
+
+    def _plan(self) -> Plan | ValueError:
+        """Packs the next step and starts this rank's part of it."""
+        try:
+            rows = []
+            while len(rows) < self.budget.rows:
+                self._refill()
+                rows.append(self._packer.pop_row())
+            self._step += 1
+            self._last_items = sum(len(row) for row in rows)
+            dealt = deal([self.row_cost(row) for row in rows], self.world, self._micro)
+            waits = []
+            for ranks in dealt:
+                any_tiles = any(item.tiles for rank in ranks for row in rank for item in rows[row])
+                waits.append(self._crew.submit(build, [rows[row] for row in ranks[self.rank]], any_tiles))
+        except ValueError as error:
+            return error
+        return Plan(waits=waits, state=self._snapshot())
+
+    def _refill(self) -> None:
+        """Consumes measured samples until the pool is full. What comes out depends on the order alone, not on how it was measured."""
+        while len(self._packer) < self.options.pool:
+            ref, outcome = self._next_measured()
+            self._drawn[ref.source] += 1
+            if isinstance(outcome, Measure):
+                self._barren = [0] * len(self._lengths)
+                self._packer.put(Item(ref, outcome.tokens, outcome.tiles))
+            else:
+                self._set_aside(ref, outcome)
+
+    def _set_aside(self, ref: Ref, bad: Bad) -> None:
+        stop = self.options.over_long == "error" if bad.why == "long" else self.options.on_error == "stop"
+        if stop:
+            raise SampleError(bad.source, bad.id, bad.message)
+        if bad.why == "long":
+            self._dropped += 1
+        else:
+            self._skipped += 1
+            self._skipped_names += [[bad.source, bad.id, bad.message]] if len(self._skipped_names) < NAMED else []
+        self._barren[ref.source] += 1
+        if all(barren >= length for barren, length in zip(self._barren, self._lengths, strict=True)):
+            counts = f"{self._dropped} too long, {self._skipped} unreadable"
+            raise ValueError(
+                f"none of the {sum(self._lengths)} samples of {', '.join(self._names)} can be used ({counts}); "
+                f"the last was sample '{bad.id}' of '{bad.source}': {bad.message}"
+            )
+
+    def _next_measured(self) -> tuple[Ref, Measure | Bad]:
+        if not self._measured:
+            self._read_ahead()
+            refs, wait = self._blocks.popleft()
+            parts = self._share_part(wait)
+            self._measured.extend((ref, parts[i % self.world][i // self.world]) for i, ref in enumerate(refs))
+        return self._measured.popleft()
+
+    def _read_ahead(self) -> None:
+        """Starts measuring: at least a block, with workers about as much as the last step took."""
+        block = max(BLOCK, BLOCK // 4 * self.world)
+        least = 1 if not self.options.workers else max(2 * self.options.workers, -(-self._last_items // block)) + 1
+        while len(self._blocks) < least:
+            refs = [self._order.draw() for _ in range(block)]
+            self._blocks.append((refs, self._crew.submit(measure, refs[self.rank :: self.world])))
+
+    def _share_part(self, wait: Callable[[], list[Measure | Bad]]) -> list[list[Measure | Bad]]:
+        """Every rank's part of a block. A rank that failed says so in its part's place, or the others would wait for it."""
+        try:
+            mine: list[Measure | Bad] | str = wait()
+        except Exception as error:
+            if self.world == 1:
+                raise
+            mine = f"data rank {self.rank} failed ({type(error).__name__}: {error})"
+        parts = self.share(mine)
+        failed = [part for part in parts if isinstance(part, str)]
+        if failed:
+            raise ValueError("; ".join(failed))
+        return parts
+
+
+def measure(desk: Desk, refs: Sequence[Ref]) -> list[Measure | Bad]:
+    """A worker's task: the lengths of samples, or why they are left out."""
+    return [_measure(desk, ref) for ref in refs]
+
+
+def _measure(desk: Desk, ref: Ref) -> Measure | Bad:
+    budget, cut = desk.budget, desk.options.over_long == "truncate"
+    try:
+        sample = desk.sources[ref.source][ref.index]
+        found = desk.encoder.measure(sample)
+        if cut and found.tokens > budget.seq_length:
+            try:
+                found = desk.encoder.measure(sample, length=budget.seq_length)
+            except SampleError as error:
+                return Bad("long", error.source, error.id, error.message)
+    except SampleError as error:
+        return Bad("broken", error.source, error.id, error.message)
+    if budget.fits(Item(ref, found.tokens, found.tiles)):
+        return found
+    message = (
+        f"it has {found.tokens} tokens and {found.tiles} tiles but a row holds {budget.seq_length} and {budget.max_tiles}: raise batch.seq_length "
+        "or batch.max_tiles, or set data.over_long to drop or truncate"
+    )
+    return Bad("long", sample.source, sample.id, message)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A micro-batch, and the samples that failed on the way."""
+
+    batch: Batch
+    bad: list[Bad]
+
+    def __reduce__(self) -> tuple[Callable[..., "Built"], tuple[dict[str, Any], list[Bad]]]:
+        # A tensor in shared memory costs a handshake and a file descriptor: the pixels are worth it, the others travel as bytes.
+        values = {f.name: getattr(self.batch, f.name) for f in fields(self.batch)}
+        return _rebuilt, ({name: v.numpy() if isinstance(v, Tensor) and name != "tiles" else v for name, v in values.items()}, self.bad)
+
+
+def _rebuilt(values: dict[str, Any], bad: list[Bad]) -> Built:
+    return Built(Batch(**{name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in values.items()}), bad)
+
+
+def build(desk: Desk, rows: Sequence[Sequence[Item]], any_tiles: bool) -> Built:
+    """A worker's task: rows read, decoded and collated. Under on_error "skip", samples that fail now leave padding."""
+    bad: list[Bad] = []
+    kept: list[list[Encoded]] = []
+    for row in rows:
+        kept.append([])
+        for item in row:
+            try:
+                kept[-1].append(_encode(desk, item))
+            except SampleError as error:
+                if desk.options.on_error == "stop":
+                    raise
+                bad.append(Bad("broken", error.source, error.id, error.message))
+    names = tuple(sorted({encoded.group for row in kept for encoded in row}))
+    batch = collate(kept, desk.budget, layout=desk.encoder.layout, group_names=names, any_tiles=any_tiles, head_chunk=desk.options.head_chunk)
+    return Built(batch, bad)
+
+
+def _encode(desk: Desk, item: Item) -> Encoded:
+    sample = desk.sources[item.ref.source][item.ref.index]
+    encoded = desk.encoder.encode(sample)
+    if desk.options.over_long == "truncate":
+        encoded = desk.encoder.truncate(encoded, desk.budget.seq_length)
+    if (len(encoded.tokens), len(encoded.tiles)) != (item.tokens, item.tiles):
+        counts = f"{len(encoded.tokens)} tokens and {len(encoded.tiles)} tiles, not the {item.tokens} and {item.tiles} that were measured"
+        raise SampleError(sample.source, sample.id, f"it has {counts}: its file has changed; leave the data alone during a run")
+    return encoded
+
+
+def deal(costs: Sequence[float | int], world: int, micro: int) -> list[list[list[int]]]:
+    """Row numbers as [micro-batch][rank][row], all of equal size.
+
+    Ranks wait for each other in each micro-batch, so rows of similar cost go to one, dealt like cards to and fro.
+    Example: costs 1 9 5 2, world 2, micro 1: by cost 1 2 | 3 0, so rank 0 gets rows 1 and 0, rank 1 rows 2 and 3.
+    """
+    by_cost = sorted(range(len(costs)), key=lambda row: (-costs[row], row))
+    size = len(costs) // micro
+    dealt = []
+    for start in range(0, len(costs), size):
+        hands: list[list[int]] = [[] for _ in range(world)]
+        for place, row in enumerate(by_cost[start : start + size]):
+            lap, seat = divmod(place, world)
+            hands[world - 1 - seat if lap % 2 else seat].append(row)
+        dealt.append(hands)
+    return dealt

@@ -1,0 +1,66 @@
+"""The stages of one sample: turns and undecoded images, then tokens and tiles.
+
+Shapes: t tokens, n tiles, h and w a tile's height and width.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jaxtyping import Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+MARKER = "<image>"
+"""What stands in a turn's text where an image belongs."""
+
+Picture = Path | bytes | Image.Image
+"""An image that is not decoded yet: a file, a file's content, or a Pillow image."""
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used. Says which one, why, and the fix."""
+
+    def __init__(self, source: str, id: str, message: str) -> None:
+        super().__init__(source, id, message)
+        self.source, self.id, self.message = source, id, message
+
+    def __str__(self) -> str:
+        return f"sample '{self.id}' of '{self.source}': {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What one side says; `text` holds `<image>` where an image stands."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A conversation as a source gives it: nothing tokenised, no image decoded."""
+
+    source: str
+    """Name of the data set."""
+    id: str
+    kind: str = ""
+    """What the sample's loss is reported under; empty: the source's name."""
+    turns: tuple[Turn, ...]
+    images: tuple[Picture, ...] = ()
+    """In the order of the turns' `<image>` markers."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Encoded:
+    """A sample as the model takes it, image placeholders at their final count."""
+
+    tokens: Int64[Tensor, " t"]
+    """Ids; `IMAGE` at image features, `VECTORS - v` at learned vectors."""
+    labels: Int64[Tensor, " t"]
+    """Not shifted: the token itself where it carries loss, else `IGNORE`."""
+    tiles: UInt8[Tensor, "n 3 h w"]
+    group: str
+    """What the loss is reported under: the sample's kind, or its source."""
+    key: tuple[str, str]
+    """(source, id)."""

@@ -1,0 +1,233 @@
+"""Data sets: a name, a length and samples by number. Reading one decodes no image."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
+
+from neva.data.sample import MARKER, Sample, SampleError, Turn
+
+ROLES: dict[str, Literal["system", "user", "assistant"]] = {"human": "user", "gpt": "assistant", "system": "system"}
+"""LLaVA's names of the two sides, and ours."""
+FORMAT = "expected the LLaVA format, [{id, image, conversations: [{from, value}]}]"
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What the loader reads. Must be picklable: each worker process gets a copy."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample number `index`. Raises SampleError if it is not usable."""
+        ...
+
+
+class LlavaSource:
+    """LLaVA's format: a .json list or a .jsonl file of {id, image, conversations: [{from: human|gpt|system, value}]}.
+
+    `image` (a path or a list of paths, relative to `image_folder`, and never read from outside it) may be absent, `id` is the
+    row number if absent, and an optional `kind` names what the loss is reported under. Only where each row stands in the file is
+    kept in memory, so that a copy in each worker is small.
+
+    Raises ValueError for a file or folder that is missing, empty, or not in this format; SampleError for a bad row, when it is read.
+    """
+
+    def __init__(self, path: str | Path, image_folder: str | Path = "", name: str = "") -> None:
+        self.path = Path(path)
+        self.name = name or self.path.stem
+        self.folder = Path(image_folder).resolve() if str(image_folder) else None
+        if not self.path.is_file():
+            raise ValueError(f"the data file {self.path} is missing: check the source's path")
+        if self.folder is not None and not self.folder.is_dir():
+            raise ValueError(f"the image folder {self.folder} is missing: check the source's image_folder")
+        self._lines = self.path.suffix != ".json"
+        data = self.path.read_bytes()
+        self._rows = _line_rows(data) if self._lines else _list_rows(data, self.path)
+        if not len(self._rows):
+            raise ValueError(f"the data file {self.path} holds no sample: {FORMAT}")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"no sample {index} in '{self.name}', which has {len(self)}")
+        row = self._read(index)
+        id = str(index) if row.get("id") is None else str(row["id"])
+        try:
+            turns = _turns(row.get("conversations"))
+            names = _image_names(row.get("image"))
+            _check_markers(turns, len(names))
+            kind = row.get("kind", "")
+            if not isinstance(kind, str):
+                raise ValueError(f"'kind' is {kind!r}: write a text")
+            images = tuple(self._image(name) for name in names)
+        except ValueError as error:
+            raise SampleError(self.name, id, str(error)) from None
+        return Sample(source=self.name, id=id, kind=kind, turns=turns, images=images)
+
+    def _read(self, index: int) -> dict[str, Any]:
+        start, end, line = (int(x) for x in self._rows[index])
+        place = f"{self.path}:{line}" if self._lines else f"{self.path}, row {index}"
+        with self.path.open("rb") as file:
+            file.seek(start)
+            data = file.read(end - start)
+        try:
+            row = json.loads(data)
+        except ValueError as error:  # includes text that is not UTF-8
+            raise SampleError(self.name, str(index), f"{place} is not JSON ({error}): repair or remove it") from None
+        if not isinstance(row, dict):
+            raise SampleError(self.name, str(index), f"{place} holds a {type(row).__name__}, not an object: {FORMAT}")
+        return row
+
+    def _image(self, name: str) -> Path:
+        if self.folder is None:
+            raise ValueError(f"it has the image '{name}' but the source has no image_folder: set it")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"the image path '{name}' is absolute or holds '..': write it relative to image_folder")
+        path = (self.folder / name).resolve()
+        if not path.is_relative_to(self.folder):
+            raise ValueError(f"the image path '{name}' leads outside the image folder {self.folder}: put the image itself inside")
+        return path
+
+
+@dataclass(frozen=True)
+class MockSource:
+    """Made-up samples, each a function of (seed, index): words in a question with its images, and in an answer."""
+
+    samples: int
+    words: tuple[int, int] = (20, 200)
+    """Fewest and most words in a sample; half of them are the question's."""
+    images: int = 1
+    image_size: tuple[int, int] = (64, 48)
+    """Width and height in pixels."""
+    text_only_every: int = 0
+    """Every n-th sample has no image; 0 gives all samples their images."""
+    seed: int = 0
+    name: str = "mock"
+
+    def __post_init__(self) -> None:
+        low, high = self.words
+        if self.samples < 1 or not 2 <= low <= high or self.images < 0 or min(self.image_size) < 1:
+            raise ValueError(f"{self} cannot be made: samples >= 1, 2 <= words[0] <= words[1], images >= 0 and sides >= 1 are needed")
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.samples:
+            raise IndexError(f"no sample {index} in '{self.name}', which has {self.samples}")
+        random = np.random.default_rng([self.seed, index])
+        count = int(random.integers(self.words[0], self.words[1] + 1))
+        words = [WORDS[i] for i in random.integers(0, len(WORDS), count)]
+        text_only = self.text_only_every > 0 and index % self.text_only_every == self.text_only_every - 1
+        images = tuple(self._image(random) for _ in range(0 if text_only else self.images))
+        question = f"{MARKER}\n" * len(images) + " ".join(words[: count // 2])
+        turns = (Turn(role="user", text=question), Turn(role="assistant", text=" ".join(words[count // 2 :])))
+        return Sample(source=self.name, id=str(index), turns=turns, images=images)
+
+    def _image(self, random: np.random.Generator) -> Image.Image:
+        coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        return Image.fromarray(coarse).resize(self.image_size, Image.Resampling.NEAREST)
+
+
+WORDS = ("a", "the", "red", "blue", "green", "small", "large", "round", "star", "tree", "house", "river", "dog", "sees", "holds", "under", "near")
+
+
+def _line_rows(data: bytes) -> np.ndarray:
+    """[rows, 3]: start, end and line number of each line of a .jsonl file that is not blank."""
+    rows, start = [], 3 if data.startswith(b"\xef\xbb\xbf") else 0
+    for number, line in enumerate(data[start:].splitlines(keepends=True), 1):
+        if line.strip():
+            rows.append((start, start + len(line), number))
+        start += len(line)
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def _list_rows(data: bytes, path: Path) -> np.ndarray:
+    """[rows, 3]: start and end of each element of a JSON list, and 0."""
+    if not data.strip():
+        raise ValueError(f"the data file {path} is empty: {FORMAT}")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the data file {path} is not UTF-8 ({error}): save it as UTF-8") from None
+    decoder, space, rows = json.JSONDecoder(), re.compile(r"[ \t\n\r]*"), []
+    position = space.match(text, 1 if text.startswith("\ufeff") else 0).end()
+    if text[position : position + 1] != "[":
+        raise ValueError(f"the data file {path} is not a list: {FORMAT}; a file with one object per line is called .jsonl")
+    ascii = text.isascii()  # then characters are bytes
+    byte, seen = position, position
+    if not ascii:
+        byte = len(text[:position].encode())
+    try:
+        position = space.match(text, position + 1).end()
+        while text[position : position + 1] != "]" or rows:
+            _, end = decoder.raw_decode(text, position)
+            byte += (position - seen) if ascii else len(text[seen:position].encode())
+            size = (end - position) if ascii else len(text[position:end].encode())
+            rows.append((byte, byte + size, 0))
+            byte, seen = byte + size, end
+            position = space.match(text, end).end()
+            if text[position : position + 1] == "]":
+                break
+            if text[position : position + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+            position = space.match(text, position + 1).end()
+        if text[position + 1 :].strip():
+            raise json.JSONDecodeError("Extra data", text, position + 1)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the data file {path} is not JSON ({error}): repair it; a file with one object per line is called .jsonl") from None
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def _turns(conversations: object) -> tuple[Turn, ...]:
+    if not isinstance(conversations, list) or not conversations:
+        raise ValueError("'conversations' is missing, empty or no list: write [{from: human, value: …}, {from: gpt, value: …}]")
+    turns = []
+    for number, entry in enumerate(conversations):
+        if not isinstance(entry, dict) or not isinstance(entry.get("from"), str) or not isinstance(entry.get("value"), str):
+            raise ValueError(f"turn {number} is not {{from: text, value: text}}")
+        if entry["from"] not in ROLES:
+            raise ValueError(f"turn {number} is from '{entry['from']}': the roles are human, gpt and system")
+        try:
+            entry["value"].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text of turn {number} is not valid Unicode ({error.reason}): repair it") from None
+        turns.append(Turn(role=ROLES[entry["from"]], text=entry["value"]))
+    talk = turns[1:] if turns[0].role == "system" else turns
+    for number, turn in enumerate(talk, len(turns) - len(talk)):
+        expected = ("user", "assistant")[(number - len(turns) + len(talk)) % 2]
+        if turn.role != expected:
+            raise ValueError(f"turn {number} is the {turn.role}'s, not the {expected}'s: human and gpt alternate, human first")
+        if turn.role == "assistant" and not turn.text.strip():
+            raise ValueError(f"the answer in turn {number} is empty: there is nothing to learn; leave the sample out")
+    if len(talk) < 2 or len(talk) % 2:
+        raise ValueError("the conversation does not end with an answer: end it with a gpt turn")
+    return tuple(turns)
+
+
+def _image_names(image: object) -> tuple[str, ...]:
+    if image is None:
+        return ()
+    names = [image] if isinstance(image, str) else image
+    if not isinstance(names, list) or not all(isinstance(name, str) and name and "\0" not in name for name in names):
+        raise ValueError(f"'image' is {image!r}: write a path or a list of paths, or leave it out")
+    return tuple(names)
+
+
+def _check_markers(turns: tuple[Turn, ...], images: int) -> None:
+    markers = sum(turn.text.count(MARKER) for turn in turns)
+    if any(MARKER in turn.text for turn in turns if turn.role != "user"):
+        raise ValueError(f"{MARKER} stands outside the human turns: an answer or system message cannot hold an image")
+    if images and not markers:
+        raise ValueError(f"it has {images} image(s) but no {MARKER} in its turns: add {MARKER} where the image belongs, as before the first question")
+    if markers != images:
+        raise ValueError(f"its turns hold {markers} {MARKER} but it has {images} image(s): add or remove {MARKER}, or the image")

@@ -1,0 +1,200 @@
+"""Text to token ids and back: SentencePiece `.model` and Hugging Face `tokenizer.json` files behind one small interface."""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+
+STARTS = ("<s>", "<|begin_of_text|>", "<bos>")
+"""Names of a token that stands before a text, where tokenizer_config.json does not tell."""
+ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>")
+"""Names of a token that ends a text, where tokenizer_config.json does not tell."""
+FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
+"""What a folder is searched for, in this order: tokenizer.json also knows the tokens that were added later."""
+
+
+class Tokenizer(ABC):
+    """What the rest needs of a tokenizer. Holds its files' contents, so that it can be saved after they are gone, and pickled."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, bytes]]]:
+        return type(self), (self.files,)
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; special tokens spelled in it become their ids, none is added."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens and negative ids (image features) give nothing."""
+
+    @property
+    @abstractmethod
+    def bos(self) -> int | None:
+        """The id that a text starts with, None if this tokenizer's models want none."""
+
+    @property
+    @abstractmethod
+    def eos(self) -> int:
+        """The id that ends an answer."""
+
+    @property
+    @abstractmethod
+    def pad(self) -> int:
+        """An id to fill up with; never attended to."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """One more than the largest id: the least size of the embedding."""
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the files from which `load_tokenizer(folder)` gives this tokenizer back."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            (Path(folder) / name).write_bytes(content)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A `.model` file (Llama-2, Vicuna, Mistral), read as LLaVA reads it: transformers' LlamaTokenizer with legacy=True.
+
+    That is: the text is split at the special tokens, and each part between is encoded by itself, with SentencePiece's leading space.
+    """
+
+    @cached_property
+    def _model(self) -> sentencepiece.SentencePieceProcessor:
+        return sentencepiece.SentencePieceProcessor(model_proto=next(iter(self.files.values())))
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        ids = (self._model.unk_id(), self._model.bos_id(), self._model.eos_id())
+        return {self._model.id_to_piece(id): id for id in ids if id >= 0}
+
+    @cached_property
+    def _split(self) -> re.Pattern[str]:
+        return re.compile("(" + "|".join(re.escape(piece) for piece in self._special) + ")")
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._split.split(text):
+            ids += [self._special[part]] if part in self._special else self._model.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        special = set(self._special.values())
+        return self._model.decode([int(id) for id in ids if id >= 0 and id not in special])
+
+    @property
+    def bos(self) -> int | None:
+        return self._model.bos_id() if self._model.bos_id() >= 0 else None
+
+    @property
+    def eos(self) -> int:
+        return self._model.eos_id()
+
+    @property
+    def pad(self) -> int:
+        return self._model.pad_id() if self._model.pad_id() >= 0 else self._model.unk_id()
+
+    @property
+    def size(self) -> int:
+        return self._model.get_piece_size()
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json`; its start and end tokens are told by the `tokenizer_config.json` beside it, or else by common names."""
+
+    @cached_property
+    def _model(self) -> tokenizers.Tokenizer:
+        model = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
+        model.no_truncation()
+        model.no_padding()
+        return model
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return json.loads(self.files.get("tokenizer_config.json", b"{}"))
+
+    def _named(self, role: str, names: Sequence[str]) -> int | None:
+        """Id of the config's token of this role, or of the first of `names` that is in the vocabulary."""
+        token = self._config.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return self._model.token_to_id(token)
+        if role in self._config:  # null: the tokenizer has none
+            return None
+        return next((id for name in names if (id := self._model.token_to_id(name)) is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(id) for id in ids if id >= 0], skip_special_tokens=True)
+
+    @cached_property
+    def bos(self) -> int | None:
+        named = self._named("bos_token", STARTS)
+        if "add_bos_token" in self._config:
+            return named if self._config["add_bos_token"] else None
+        if self._model.post_processor is None:
+            return named
+        # What the file itself puts before a text decides: GPT-2 and Qwen name a start token or none, and put none.
+        first = self._model.encode("a").ids[:1]
+        return first[0] if first and first != self.encode("a")[:1] else None
+
+    @cached_property
+    def eos(self) -> int:
+        id = self._named("eos_token", ENDS)
+        if id is None:
+            raise ValueError(f"the tokenizer has no end token (looked for {', '.join(ENDS)}): put tokenizer_config.json with eos_token beside it")
+        return id
+
+    @cached_property
+    def pad(self) -> int:
+        id = self._named("pad_token", ("<pad>", "<unk>"))
+        return self.eos if id is None else id
+
+    @cached_property
+    def size(self) -> int:
+        return max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a `.model` or `tokenizer.json` file, or in a folder that holds one.
+
+    Raises ValueError if there is none, or it is damaged or lacks an end token.
+    """
+    file = Path(path)
+    if file.is_dir():
+        found = [file / name for name in FILES if (file / name).is_file()]
+        if not found:
+            raise ValueError(f"the folder {file} holds no tokenizer: it needs one of {', '.join(FILES)}")
+        file = found[0]
+    if not file.is_file():
+        raise ValueError(f"the tokenizer {file} is missing: give a SentencePiece .model, a tokenizer.json, or a folder that holds one")
+    try:
+        if file.suffix == ".json":
+            files = {"tokenizer.json": file.read_bytes()}
+            config = file.parent / "tokenizer_config.json"
+            if config.is_file():
+                files["tokenizer_config.json"] = config.read_bytes()
+            tokenizer: Tokenizer = JsonTokenizer(files)
+        else:
+            tokenizer = SentencePieceTokenizer({"tokenizer.model": file.read_bytes()})
+        tokenizer.encode("a")
+        eos = tokenizer.eos
+    except ValueError as error:
+        raise ValueError(f"the tokenizer {file} cannot be read: {error}") from None
+    except Exception as error:  # both libraries raise bare Exception and RuntimeError on damaged files
+        raise ValueError(f"the tokenizer {file} cannot be read ({error}): the file is damaged, or no .model or tokenizer.json") from None
+    if eos < 0:
+        raise ValueError(f"the tokenizer {file} has no end token: train it with one")
+    return tokenizer

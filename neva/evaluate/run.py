@@ -1,0 +1,96 @@
+"""Accuracy of a model on a source's questions, in batches."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from neva.data.image import image_size
+from neva.data.sample import MARKER, Sample
+from neva.data.source import LlavaSource, MockSource
+from neva.evaluate.score import exact_match
+from neva.infer.generate import Answer, Loaded, Sampling, generate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One assistant turn to be answered, with all turns before it as they were given."""
+
+    sample: Sample
+    """Ends with the question."""
+    truth: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A question with its answer."""
+
+    question: Question
+    answer: Answer
+    right: bool
+
+
+def questions(source: LlavaSource | MockSource) -> Iterator[Question]:
+    """Every assistant turn of every sample; the turns before it, true answers included, are its prompt."""
+    for index in range(len(source)):
+        sample = source[index]
+        for number, turn in enumerate(sample.turns):
+            if turn.role == "assistant":
+                before = sample.turns[:number]
+                shown = sum(t.text.count(MARKER) for t in before)
+                yield Question(sample=replace(sample, turns=before, images=sample.images[:shown]), truth=turn.text)
+
+
+def answer_in_batches(loaded: Loaded, samples: Sequence[Sample], sampling: Sampling, *, batch_size: int) -> list[Answer]:
+    """The samples' answers, in their order; those of like length share a batch."""
+    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].images), sum(len(turn.text) for turn in samples[i].turns)))
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        answers |= dict(zip(chosen, generate(loaded, [samples[i] for i in chosen], sampling), strict=True))
+    return [answers[i] for i in range(len(samples))]
+
+
+def evaluate(
+    loaded: Loaded,
+    source: LlavaSource | MockSource,
+    *,
+    sampling: Sampling | None = None,
+    batch_size: int = 32,
+    score: Callable[[str, str], bool] = exact_match,
+) -> list[Judged]:
+    """Ask every question of the source and judge each answer."""
+    asked = list(questions(source))
+    answers = answer_in_batches(loaded, [q.sample for q in asked], sampling or Sampling(max_new_tokens=32), batch_size=batch_size)
+    return [Judged(question=q, answer=a, right=score(a.text, q.truth)) for q, a in zip(asked, answers, strict=True)]
+
+
+def accuracy(judged: Sequence[Judged]) -> dict[str, float]:
+    """Share of right answers per kind of sample (per source where samples have none)."""
+    rights: dict[str, list[bool]] = defaultdict(list)
+    for j in judged:
+        rights[j.question.sample.kind or j.question.sample.source].append(j.right)
+    return {kind: sum(row) / len(row) for kind, row in sorted(rights.items())}
+
+
+def best_blind(judged: Sequence[Judged]) -> dict[str, float]:
+    """Per kind, the score of always giving that kind's commonest truth: what can be had without looking."""
+    truths: dict[str, list[str]] = defaultdict(list)
+    for j in judged:
+        truths[j.question.sample.kind or j.question.sample.source].append(j.question.truth)
+    return {kind: max(row.count(truth) for truth in set(row)) / len(row) for kind, row in sorted(truths.items())}
+
+
+class Blanked:
+    """A source whose images are grey: what a model scores on it, it does without looking."""
+
+    def __init__(self, source: LlavaSource | MockSource):
+        self.source, self.name = source, source.name
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.source[index]
+        return replace(sample, images=tuple(Image.new("RGB", image_size(picture), (127, 127, 127)) for picture in sample.images))

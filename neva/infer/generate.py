@@ -1,0 +1,206 @@
+"""Reference generation: a batch of prompts prefilled as one packed row, then one token a request and step with a cache.
+
+Shapes: r requests, m slots of a cache row, v vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from neva import config as tree
+from neva.batch import Batch
+from neva.checkpoint import store
+from neva.data.encode import Encoder
+from neva.data.pack import Budget, collate
+from neva.data.sample import Encoded, Sample
+from neva.data.template import find_template
+from neva.data.tokenizer import load_tokenizer
+from neva.models.layers import Cache
+from neva.models.vlm import VLM, VLMConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen, and when to stop."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens whose probabilities add up to this."""
+    top_k: int = 0
+    """Keep this many of the likeliest tokens; 0 keeps all."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, left out of it; besides the template's own."""
+    seed: int = 0
+    """Seed of the sampling; each request draws from a stream of its own, whatever stands beside it in the batch."""
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(f"temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}: need >= 0, above 0 up to 1, and >= 0.")
+        if "" in self.stop:
+            raise ValueError("an empty stop text would end every answer at once; leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What was generated for one request."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """Generated ids, the end token left out."""
+    finish: str
+    """`stop` at the end token or a stop text, `length` where tokens or positions ran out."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loaded:
+    """A checkpoint ready to answer."""
+
+    model: VLM
+    encoder: Encoder
+    device: torch.device
+    folder: Path
+
+
+def load(path: str | Path, *, device: str | None = None, precision: str = "auto") -> Loaded:
+    """Load a checkpoint (a `step_N` folder or a run folder) for inference.
+
+    `precision` is fp32, bf16, or auto: bf16 on CUDA, fp32 on the CPU. Raises ValueError for a broken or missing checkpoint.
+    """
+    checkpoint = store.open_checkpoint(Path(path))
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if where.type == "cuda" else torch.float32}
+    if precision not in kinds:
+        raise ValueError(f"precision={precision!r} is none of {', '.join(kinds)}.")
+    config = tree.from_dict(VLMConfig, checkpoint.config["model"])
+    with torch.device("meta"):
+        model = VLM(config)
+    model = model.to(kinds[precision]).to_empty(device=where).eval().requires_grad_(False)
+    store.load_weights(checkpoint.folder, into=dict(model.named_parameters()))
+    tokenizer = load_tokenizer(store.tokenizer_folder(checkpoint.folder))
+    encoder = Encoder(tokenizer=tokenizer, template=checkpoint.config["template"], system=checkpoint.config["system"], layout=config.layout)
+    return Loaded(model=model, encoder=encoder, device=where, folder=checkpoint.folder)
+
+
+def generate(loaded: Loaded, samples: Sequence[Sample], sampling: Sampling | None = None) -> list[Answer]:
+    """Answer each sample's last question, all in one batch. Raises ValueError (named by sample) for what cannot be encoded."""
+    return generate_encoded(loaded, [loaded.encoder.encode(sample, labels=False) for sample in samples], sampling or Sampling())
+
+
+@torch.inference_mode()
+def generate_encoded(loaded: Loaded, prompts: Sequence[Encoded], sampling: Sampling) -> list[Answer]:
+    """`generate` for prompts that are encoded already."""
+    if not prompts:
+        return []
+    limit = loaded.model.config.decoder.max_positions
+    for prompt in prompts:
+        if len(prompt.tokens) >= limit:
+            raise ValueError(f"sample {'/'.join(prompt.key)}: its prompt has {len(prompt.tokens)} tokens but the model's positions end at {limit}; shorten it.")
+    requests = [_Request(loaded, sampling, number, room=limit - len(p.tokens)) for number, p in enumerate(prompts)]
+    lengths = torch.tensor([len(p.tokens) for p in prompts])
+    batch = _prefill_batch(loaded, prompts)
+    slots = max(len(p.tokens) for p in prompts) + min(sampling.max_new_tokens, limit)
+    cache = _empty_cache(loaded, batch, lengths, slots)
+    last = torch.cumsum(lengths, 0) - 1
+    logits = loaded.model(batch, logits_at=last.to(loaded.device), cache=cache).logits
+    chosen = [request.take(row) for request, row in zip(requests, _scores(logits, sampling), strict=True)]
+    one = _step_batch(batch, len(prompts))
+    rows, every = torch.arange(len(prompts)), torch.arange(len(prompts), device=loaded.device)
+    while not all(request.finish for request in requests):
+        lengths = lengths + 1
+        tokens = torch.tensor(chosen)[:, None]
+        positions = (lengths - 1)[:, None]
+        step = replace(one, tokens=tokens.to(loaded.device), positions=positions.to(loaded.device))
+        cache = replace(
+            cache, slots=(rows * slots + lengths - 1).to(loaded.device), lengths=lengths.to(loaded.device), decoding=True, span=int(lengths.max())
+        )
+        logits = loaded.model(step, logits_at=every, cache=cache).logits
+        chosen = [request.take(row) for request, row in zip(requests, _scores(logits, sampling), strict=True)]
+    return [request.answer() for request in requests]
+
+
+def _prefill_batch(loaded: Loaded, prompts: Sequence[Encoded]) -> Batch:
+    """The prompts as one packed row on the model's device."""
+    total, tiles = sum(len(p.tokens) for p in prompts), sum(len(p.tiles) for p in prompts)
+    budget = Budget(seq_length=total, rows=1, micro_rows=1, max_tiles=max(1, tiles))
+    names = tuple(dict.fromkeys(p.group for p in prompts))
+    return collate([prompts], budget, layout=loaded.encoder.layout, group_names=names, any_tiles=tiles > 0).to(loaded.device)
+
+
+def _step_batch(batch: Batch, requests: int) -> Batch:
+    """A decode step's batch [r, 1] without its tokens and positions, which change from step to step."""
+    ones = torch.ones(requests, 1, dtype=torch.int64, device=batch.tokens.device)
+    return replace(
+        batch, tokens=ones, labels=ones, positions=ones, segments=ones, groups=ones, tiles=batch.tiles[:0], inline=batch.inline[:0],
+        slots=batch.slots[:0], sees=torch.zeros_like(ones)[..., None].expand(-1, -1, 2), any_tiles=False, keys=(),
+    )  # fmt: skip
+
+
+def _empty_cache(loaded: Loaded, batch: Batch, lengths: Int64[Tensor, " r"], slots: int) -> Cache:
+    c = loaded.model.config.decoder
+    shape = (c.layers, len(lengths), slots, c.kv_heads, c.head)
+    keys, values = (torch.zeros(shape, dtype=loaded.model.decoder.embed.weight.dtype, device=loaded.device) for _ in range(2))
+    flat = ((batch.segments - 1) * slots + batch.positions).flatten()
+    return Cache(
+        keys=keys, values=values, slots=flat, lengths=lengths.to(loaded.device), decoding=False, span=int(lengths.max()),
+        ragged=len(set(lengths.tolist())) > 1,
+    )  # fmt: skip
+
+
+def _scores(logits: Float[Tensor, "r v"], sampling: Sampling) -> list:
+    """What each request chooses from: for greedy decoding one id, computed for all at once, else its row of logits on the CPU."""
+    return logits.argmax(-1).tolist() if sampling.temperature == 0 else list(logits.float().cpu())
+
+
+class _Request:
+    """One request's tokens so far, and when it ends."""
+
+    def __init__(self, loaded: Loaded, sampling: Sampling, number: int, room: int):
+        self.tokenizer, self.sampling = loaded.encoder.tokenizer, sampling
+        self.stops = (*sampling.stop, *find_template(loaded.encoder.template).stops)
+        self.room = min(room, sampling.max_new_tokens)
+        self.generator = torch.Generator().manual_seed(sampling.seed + number)
+        self.tokens: list[int] = []
+        self.finish = ""
+        self.text = ""
+
+    def take(self, scores: int | Tensor) -> int:
+        """Choose the next token and note it; a finished request repeats its last."""
+        if self.finish:
+            return self.tokens[-1] if self.tokens else self.tokenizer.eos
+        token = scores if isinstance(scores, int) else draw(scores, self.sampling, self.generator)
+        if token == self.tokenizer.eos:
+            self.finish = "stop"
+            self.text = self.tokenizer.decode(self.tokens)
+            return token
+        self.tokens.append(token)
+        if self.stops or len(self.tokens) == self.room:
+            self.text = self.tokenizer.decode(self.tokens)
+        found = [at for at in (self.text.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            self.text, self.finish = self.text[: min(found)], "stop"
+        elif len(self.tokens) == self.room:
+            self.finish = "length"
+        return token
+
+    def answer(self) -> Answer:
+        """The finished request's answer, without the space that a template puts before it."""
+        return Answer(text=self.text.strip(), tokens=tuple(self.tokens), finish=self.finish)
+
+
+def draw(logits: Float[Tensor, " v"], sampling: Sampling, generator: torch.Generator) -> int:
+    """A token from the tempered distribution, cut to its `top_k` likeliest, then to those that make up `top_p` of the mass."""
+    values, ids = (logits / sampling.temperature).sort(descending=True)
+    if sampling.top_k:
+        values, ids = values[: sampling.top_k], ids[: sampling.top_k]
+    mass = values.softmax(-1)
+    before = mass.cumsum(-1) - mass
+    mass = mass.masked_fill(before >= sampling.top_p, 0)  # the first token always stays
+    return int(ids[torch.multinomial(mass, 1, generator=generator)])

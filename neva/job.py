@@ -1,0 +1,204 @@
+"""What a training stage is: `TrainConfig` and its parts. Recipes return tuples of these; the loop runs them.
+
+Every field here is a key that `neva train RECIPE key=value` can set; `neva show RECIPE` prints them all.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from neva.models.decoder import DecoderConfig
+from neva.models.presets import DECODERS, VISION, VLMS
+from neva.models.vit import VisionConfig
+from neva.models.vlm import VLMConfig
+from neva.parallel.mesh import Degrees
+
+
+@dataclass(frozen=True, kw_only=True)
+class MockConfig:
+    """Made-up samples of given lengths and image sizes: for dry runs, tests and benchmarks."""
+
+    samples: int = 1000
+    words: tuple[int, int] = (20, 200)
+    """Fewest and most words in a sample's text; drawn uniformly per sample."""
+    images: int = 1
+    """Images per sample."""
+    image_size: tuple[int, int] = (64, 48)
+    """Width and height in pixels."""
+    text_only_every: int = 0
+    """Every n-th sample has no image; 0 gives all samples their images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One data set of a blend."""
+
+    path: str = ""
+    """A LLaVA-format .json or .jsonl file; empty where `mock` is given. `{out}` stands for the run folder."""
+    image_folder: str = ""
+    """Folder that the samples' image paths are relative to; nothing outside it is read. `{out}` stands for the run folder."""
+    weight: float | None = None
+    """Share of samples drawn from this source relative to the others; by default its number of samples."""
+    name: str = ""
+    """Name in reports; by default the file's stem."""
+    mock: MockConfig | None = None
+    """Samples made up in place of a file."""
+    make: Literal["", "digits"] = ""
+    """A data set that is written first to the folder of `path`, where that is not there yet: the demo's `digits`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from and how they become rows."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """The blend."""
+    source: str = ""
+    """One-element spelling of `sources`: a file; takes the place of `sources`."""
+    image_folder: str = ""
+    """One-element spelling of `sources`: the image folder."""
+    tokenizer: str = ""
+    """A SentencePiece `.model`, a `tokenizer.json`, or a folder that holds one."""
+    template: Literal["plain", "v1"] = "v1"
+    """Chat format: `plain` is LLaVA's pretraining (image, caption, newline), `v1` Vicuna's."""
+    system: str | None = None
+    """System message in place of the template's own."""
+    shuffle: bool = True
+    workers: int = 2
+    """Processes that measure, read and decode; 0 does it in the training process. No number changes the data order."""
+    pool: int = 512
+    """Measured samples that packing chooses from."""
+    prefetch: int = 2
+    """Steps prepared ahead."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A sample that cannot be read stops the run, or is left out, counted and named."""
+    over_long: Literal["drop", "truncate", "error"] = "drop"
+    """A sample longer than `batch.seq_length`: left out and counted, cut at the end, or an error."""
+
+    @property
+    def blend(self) -> tuple[SourceConfig, ...]:
+        """The sources to read, whichever way they were spelled."""
+        return (SourceConfig(path=self.source, image_folder=self.image_folder),) if self.source else self.sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The shape of a step. A paper's batch of N samples is rows = N * mean sample length / seq_length."""
+
+    seq_length: int = 2048
+    """Tokens in a row; a row holds several samples."""
+    rows: int = 16
+    """Packed rows of one optimiser step over all ranks = data ranks * micro_rows * micro-batches."""
+    micro_rows: int = 1
+    """Rows in one forward pass of one rank."""
+    max_tiles: int = 64
+    """Image tiles that one row may hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule. Steps are optimiser steps of the stage."""
+
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    """Learning rate at the last step of `cosine` and `linear`."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.03
+    """Steps of linear warm-up; below 1 it is a share of the stage's steps."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Applied to matrices only, not to vectors (norms, biases)."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Where a stage's weights come from; empty: the stage before, or fresh ones for the first."""
+
+    model: str = ""
+    """A neva checkpoint (a `step_N` folder or a run folder) to start from."""
+    decoder: Literal["", "fresh"] = ""
+    vision: Literal["", "fresh"] = ""
+    projector: Literal["", "fresh"] = ""
+    """`fresh` draws this part anew from the seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every: int = 500
+    """Optimiser steps between checkpoints; the last step of a stage is always saved. 0 saves only that."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0 for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is shown; `metrics.jsonl` gets every step whatever stands here."""
+
+    every: int = 10
+    """Steps between printed lines."""
+    tensorboard: bool = True
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss that is not finite names the step's samples and stops, or leaves the step out and counts it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Exact-match accuracy on held-out samples while training."""
+
+    every: int = 0
+    """Steps between evaluations, each after a checkpoint; 0 for none."""
+    source: str = ""
+    image_folder: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage of training."""
+
+    name: str
+    """Unique within the recipe; `NAME:key=value` overrides this stage alone."""
+    model: VLMConfig
+    init: InitConfig = field(default_factory=InitConfig)
+    trainable: tuple[str, ...] = ("*",)
+    """Wildcards over parameter names; `!pattern` takes away. Each must match a parameter."""
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    steps: int = 1000
+    """Optimiser steps of this stage."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` is bf16 where the device computes it faster, else fp32."""
+    parallel: Degrees = field(default_factory=Degrees)
+    recompute: Literal["none", "block"] = "none"
+    """`block` keeps only the input of each decoder block and computes the rest again in backward."""
+    compile: bool = False
+    """Compile each decoder block."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    seed: int = 0
+    out: str = "runs/run"
+    """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/."""
+
+
+OPTIMS: dict[str, OptimConfig] = {
+    "adamw": OptimConfig(),
+    "llava-pretrain": OptimConfig(lr=1e-3),
+    "llava-finetune": OptimConfig(lr=2e-5),
+}
+
+NAMED: dict[type, Mapping[str, object] | Callable[[str], object]] = {
+    OptimConfig: OPTIMS,
+    DecoderConfig: DECODERS,
+    VisionConfig: VISION,
+    VLMConfig: VLMS,
+    InitConfig: lambda path: InitConfig(model=path),
+}
+"""What a sub-config may be set to by one word: a preset's name, or a function of the word (`init=PATH`)."""

@@ -1,0 +1,151 @@
+"""One decoder for every language-model family, chosen by field values.
+
+Shapes: b rows, s tokens in a row, d width, l labelled tokens, v vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from neva.batch import IGNORE
+from neva.models.layers import Attention, Documents, GatedMLP, PackedAttention, RMSNorm, rope_tables
+
+HEAD_CHUNK_BYTES = 64 * 2**20
+"""Most bytes of fp32 logits that the loss holds at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Sizes and mechanisms of a decoder."""
+
+    vocab: int
+    """Rows of the embedding."""
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    """Key-value heads; fewer than `heads` is grouped-query attention."""
+    ffn: int
+    """Width inside the MLP."""
+    head_width: int | None = None
+    """Width of one head; `width / heads` if not given."""
+    norm: Literal["rmsnorm"] = "rmsnorm"
+    eps: float = 1e-5
+    mlp: Literal["swiglu"] = "swiglu"
+    rope_theta: float = 10000.0
+    max_positions: int = 4096
+    """Longest document that the positions were made for."""
+    tied: bool = False
+    """Does the head use the embedding's matrix?"""
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: each key-value head serves as many query heads.")
+        if self.head_width is None and self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}; set head_width, or another number of heads.")
+
+    @property
+    def head(self) -> int:
+        """Width of one attention head."""
+        return self.head_width or self.width // self.heads
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        c = config
+        self.attention_norm = RMSNorm(c.width, c.eps)
+        self.attention = Attention(c.width, c.heads, c.kv_heads, c.head, qkv_bias=False, out_bias=False, inner=PackedAttention())
+        self.mlp_norm = RMSNorm(c.width, c.eps)
+        self.mlp = GatedMLP(c.width, c.ffn)
+
+    def forward(self, x: Float[Tensor, "b s d"], layout: Documents, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Gives the hidden states [b, s, d] and an auxiliary loss (experts' balance; None here)."""
+        x = x + self.attention(self.attention_norm(x), layout, angles)
+        return x + self.mlp(self.mlp_norm(x)), None
+
+
+class Decoder(nn.Module):
+    """Embedding and blocks; the final norm stands in the head."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+
+    def forward(self, x: Float[Tensor, "b s d"], positions: Int64[Tensor, "b s"], layout: Documents) -> tuple[Tensor, Tensor | None]:
+        """Embedded tokens -> hidden states [b, s, d] before the final norm, and the blocks' auxiliary losses added up."""
+        cos, sin = rope_tables(positions, self.config.head, self.config.rope_theta)
+        angles = cos.to(x.dtype), sin.to(x.dtype)
+        total = None
+        for number, block in enumerate(self.blocks):
+            x, aux = block(x, layout.at(number), angles)
+            total = aux if total is None else total + aux
+        return x, total
+
+
+class Head(nn.Module):
+    """Final norm and vocabulary projection: logits, or the labelled tokens' losses."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.width, config.eps)
+        self.weight = None if config.tied else nn.Parameter(torch.empty(config.vocab, config.width))
+
+    def forward(self, x: Float[Tensor, "n d"], targets: Int64[Tensor, " n"] | None = None, *, tied: Tensor | None = None) -> Tensor:
+        """Logits [n, v], or with targets the fp32 loss of each token [n] (0 where the target is `IGNORE`).
+
+        `tied` is the embedding's matrix [v, d] where the head has none of its own.
+        """
+        weight = tied if self.weight is None else self.weight
+        x = self.norm(x)
+        if targets is None:
+            return F.linear(x, weight)
+        return LinearLoss.apply(x, weight, targets)
+
+
+class LinearLoss(torch.autograd.Function):
+    """Cross-entropy of x @ weight.T in chunks of tokens, whose logits are computed again in backward.
+
+    Peak memory is one chunk of logits in place of all of them; the values are those of `F.cross_entropy`.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], targets: Int64[Tensor, " n"]) -> Float[Tensor, " n"]:
+        ctx.rows = max(1, HEAD_CHUNK_BYTES // (4 * weight.shape[0]))
+        losses, lses = [], []
+        for part, target in zip(x.split(ctx.rows), targets.split(ctx.rows), strict=True):
+            logits = (part @ weight.T).float()
+            lse = logits.logsumexp(-1)
+            chosen = logits.gather(-1, target.clamp_min(0)[:, None])[:, 0]
+            losses.append((lse - chosen).masked_fill(target == IGNORE, 0))
+            lses.append(lse)
+        empty = x.new_zeros(0, dtype=torch.float32)
+        ctx.save_for_backward(x, weight, targets, torch.cat([empty, *lses]))
+        return torch.cat([empty, *losses])
+
+    @staticmethod
+    def backward(ctx, grad: Float[Tensor, " n"]):
+        x, weight, targets, lses = ctx.saved_tensors
+        need_x, need_weight, _ = ctx.needs_input_grad
+        grad_x = torch.zeros_like(x) if need_x else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        for start in range(0, x.shape[0], ctx.rows):
+            at = slice(start, start + ctx.rows)
+            target, scale = targets[at], grad[at].masked_fill(targets[at] == IGNORE, 0)
+            p = (x[at] @ weight.T).float().sub_(lses[at, None]).exp_()
+            rows = torch.arange(p.shape[0], device=p.device)
+            p[rows, target.clamp_min(0)] -= 1
+            p = p.mul_(scale[:, None]).to(x.dtype)
+            if need_x:
+                grad_x[at] = p @ weight
+            if need_weight:
+                grad_weight.addmm_(p.T, x[at]) if x.dtype == torch.float32 else grad_weight.add_(p.T @ x[at])
+        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None

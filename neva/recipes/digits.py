@@ -1,0 +1,113 @@
+"""The demo's data set: 10,000 handwritten digits as LLaVA-format questions and answers on disk.
+
+Training and held-out samples share no image. Everything is a function of the archive: any process writes the same files.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+HELD_OUT = 1200
+"""Images that no training sample shows."""
+
+WHAT = ("Which digit is this?", "What digit is shown?", "What number do you see?", "Read the digit.", "Name this digit.")
+EVEN = ("Is it even?", "Is this digit even?", "Is this an even number?", "Is the number shown even?")
+LARGER = ("Which is larger?", "Which of the two digits is larger?", "Name the larger digit.", "What is the larger number?")
+EVEN_TEXT = ("Is {a} even?", "Is {a} an even number?")
+LARGER_TEXT = ("Which is larger, {a} or {b}?", "Name the larger of {a} and {b}.")
+
+
+def archive() -> Path:
+    """Where the digits are. ValueError outside a clone of the repository: they are not part of the wheel."""
+    places = [root / "examples" / "digits" / "mnist_t10k.npz" for root in (Path(__file__).resolve().parents[2], Path.cwd())]
+    for place in places:
+        if place.exists():
+            return place
+    raise ValueError(
+        f"The demo's digits are not at {places[0]}: they come with the repository, not with the wheel. Run from a clone, "
+        "or train on your own data: data.source=FILE data.image_folder=FOLDER."
+    )
+
+
+def write(folder: Path) -> None:
+    """Write images/, captions.json, train.json and heldout.json into `folder`, which appears whole or not at all."""
+    if folder.exists():
+        return
+    with np.load(archive()) as packed:
+        images, labels = packed["images"], packed["labels"]
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    (part / "images").mkdir(parents=True)
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(part / _picture(number))
+    order = np.random.default_rng(0).permutation(len(labels))
+    held_out, shown = order[:HELD_OUT], order[HELD_OUT:]
+    for name, rows in (("captions", _captions(shown, labels)), ("train", _train(shown, labels)), ("heldout", _held_out(held_out, labels))):
+        (part / f"{name}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
+    try:
+        part.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(part)  # another process was first, with the same bytes
+
+
+def _picture(number: int) -> str:
+    return f"images/{number:05d}.png"
+
+
+def _sample(kind: str, id: str, images: list[int], *turns: str) -> dict:
+    """A LLaVA row; the first question gets a marker per image."""
+    values = ["<image>\n" * len(images) + turns[0], *turns[1:]]
+    row = {"id": id, "kind": kind, "conversations": [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]}
+    names = [Path(_picture(number)).name for number in images]
+    return row | ({"image": names[0] if len(names) == 1 else names} if names else {})
+
+
+def _yes(even: bool) -> str:
+    return "yes" if even else "no"
+
+
+def _captions(shown: np.ndarray, labels: np.ndarray) -> list[dict]:
+    """Every training image with its digit: what the first stage reads."""
+    return [_sample("what_is_it", f"caption-{n}", [int(n)], "", str(labels[n])) for n in shown]
+
+
+def _train(shown: np.ndarray, labels: np.ndarray) -> list[dict]:
+    """A conversation about each training image, a comparison for each, and some questions without an image."""
+    random, rows = np.random.default_rng(1), []
+    for place, n in enumerate(shown):
+        digit, even = str(labels[n]), _yes(labels[n] % 2 == 0)
+        what, parity = str(random.choice(WHAT)), str(random.choice(EVEN))
+        turns = ((what, digit), (what, digit, parity, even), (parity, even, what, digit), (parity, even))[place % 4]
+        rows.append(_sample("what_is_it" if place % 4 < 2 else "even", f"digit-{n}", [int(n)], *turns))
+    for place in range(len(shown)):
+        rows.append(_pair(f"pair-{place}", shown, labels, random))
+    for place in range(len(shown) // 12):
+        a, b = (int(x) for x in random.choice(10, 2, replace=False))
+        if place % 2:
+            rows.append(_sample("even", f"text-{place}", [], str(random.choice(EVEN_TEXT)).format(a=a), _yes(a % 2 == 0)))
+        else:
+            rows.append(_sample("larger", f"text-{place}", [], str(random.choice(LARGER_TEXT)).format(a=a, b=b), str(max(a, b))))
+    return rows
+
+
+def _pair(id: str, among: np.ndarray, labels: np.ndarray, random: np.random.Generator) -> dict:
+    """Two images of different digits and the question which is larger."""
+    while True:
+        first, second = (int(n) for n in random.choice(among, 2))
+        if labels[first] != labels[second]:
+            return _sample("larger", id, [first, second], str(random.choice(LARGER)), str(max(labels[first], labels[second])))
+
+
+def _held_out(held_out: np.ndarray, labels: np.ndarray) -> list[dict]:
+    """One question of each kind for each held-out image."""
+    random, rows = np.random.default_rng(2), []
+    for place, n in enumerate(held_out):
+        rows.append(_sample("what_is_it", f"what-{n}", [int(n)], str(random.choice(WHAT)), str(labels[n])))
+        rows.append(_sample("even", f"even-{n}", [int(n)], str(random.choice(EVEN)), _yes(labels[n] % 2 == 0)))
+        rows.append(_pair(f"larger-{place}", held_out, labels, random))
+    return rows

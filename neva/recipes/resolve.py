@@ -1,0 +1,86 @@
+"""What depends on files: fills it in, checks it, and makes the data sets that recipes bring themselves."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from neva.config import nearest
+from neva.data.tokenizer import load_tokenizer
+from neva.job import SourceConfig, TrainConfig
+from neva.recipes import digits
+
+MAKERS: dict[str, Callable[[Path], None]] = {"digits": digits.write}
+"""`SourceConfig.make` -> the function that writes a data set into a folder."""
+
+
+def resolve(stages: tuple[TrainConfig, ...]) -> tuple[TrainConfig, ...]:
+    """The stages with `{out}` filled in. Raises ValueError for what cannot train, with the stage, the key and the fix.
+
+    Reads the tokenizer files; writes nothing.
+    """
+    if not stages:
+        raise ValueError("there is no stage to train")
+    names = [stage.name for stage in stages]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two stages have one name: {', '.join(names)}; give each its own")
+    for key in ("out", "parallel"):
+        if len({repr(getattr(stage, key)) for stage in stages}) > 1:
+            raise ValueError(f"the stages differ in {key}; a run has one: set {key}=… without a stage's name before it")
+    return tuple(_stage(stage) for stage in stages)
+
+
+def make_data(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -> None:
+    """Write the data sets that resolved stages want made."""
+    for source in dict.fromkeys(s for stage in stages for s in stage.data.blend if s.make):
+        folder = Path(source.path).parent
+        if not folder.exists():
+            say(f"Writing the {source.make} data set to {folder}")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            MAKERS[source.make](folder)
+
+
+def _stage(stage: TrainConfig) -> TrainConfig:
+    try:
+        data = replace(stage.data, sources=tuple(_place(source, stage.out) for source in stage.data.sources))
+        if data.image_folder and not data.source:
+            raise ValueError("data.image_folder is set but data.source is not; name the data file: data.source=FILE")
+        if not data.blend:
+            raise ValueError("there is no data; name a LLaVA-format file: data.source=FILE data.image_folder=FOLDER")
+        for source in data.blend:
+            _check_files(source)
+        _check_sizes(stage)
+    except ValueError as error:
+        raise ValueError(f"stage {stage.name}: {error}") from None
+    return replace(stage, data=data)
+
+
+def _place(source: SourceConfig, out: str) -> SourceConfig:
+    return replace(source, path=source.path.replace("{out}", out), image_folder=source.image_folder.replace("{out}", out))
+
+
+def _check_files(source: SourceConfig) -> None:
+    if bool(source.path) == (source.mock is not None):
+        raise ValueError(f"the source {source.name or source.path!r} needs either a path or mock")
+    if source.mock is not None or source.make:
+        return
+    path = Path(source.path)
+    if not path.is_file():
+        beside = [p.name for p in path.parent.iterdir() if p.suffix in (".json", ".jsonl")] if path.parent.is_dir() else []
+        raise ValueError(f"the data file {path} is not there.{nearest(path.name, beside)}")
+    if source.image_folder and not Path(source.image_folder).is_dir():
+        raise ValueError(f"the image folder {source.image_folder} is not there")
+
+
+def _check_sizes(stage: TrainConfig) -> None:
+    if not stage.data.tokenizer:
+        raise ValueError("there is no tokenizer; name a tokenizer.json, a SentencePiece .model or their folder: data.tokenizer=PATH")
+    size, decoder = load_tokenizer(stage.data.tokenizer).size, stage.model.decoder
+    if size > decoder.vocab:
+        raise ValueError(f"the tokenizer has {size} tokens but model.decoder.vocab={decoder.vocab}; set model.decoder.vocab={size} or more")
+    if stage.batch.seq_length > decoder.max_positions:
+        raise ValueError(f"batch.seq_length={stage.batch.seq_length} is beyond model.decoder.max_positions={decoder.max_positions}; lower the one or raise the other")
+    if stage.model.layout.tokens_per_image >= stage.batch.seq_length:
+        raise ValueError(f"an image takes {stage.model.layout.tokens_per_image} tokens, all of batch.seq_length={stage.batch.seq_length}; raise it")
+    for key, least in (("steps", 1), ("seed", 0)):
+        if getattr(stage, key) < least:
+            raise ValueError(f"{key}={getattr(stage, key)} must be at least {least}")

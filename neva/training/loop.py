@@ -1,0 +1,189 @@
+"""One training loop for all stages, on one process or thousands.
+
+A stage always begins from a checkpoint or from fresh weights and always ends in a checkpoint, so that going on in the next
+stage and resuming after a kill are the same path.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from neva import config as tree
+from neva.checkpoint import store
+from neva.job import TrainConfig
+from neva.parallel import mesh as ranks
+from neva.training.metrics import Reporter, cut_back
+from neva.training.stage import Stage, prepare, restore, save, train_step
+
+Say = Callable[[str], None]
+Evaluate = Callable[[TrainConfig, Path], dict[str, float]]
+"""Scores a checkpoint folder on the stage's held-out samples."""
+
+
+class Stopped(Exception):
+    """Training ended early by a signal, after saving. `exit_code` is the shell's for that signal."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.message, self.exit_code = message, exit_code
+
+
+class _Signals:
+    """Notes the first SIGTERM or SIGINT for the end of the step; a second SIGINT interrupts at once."""
+
+    def __init__(self):
+        self.seen = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: the caller's signals are its own
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.seen == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.seen = number
+
+
+def train(stages: tuple[TrainConfig, ...], *, resume: str = "", on_evaluate: Evaluate | None = None, say: Say = print) -> Path:
+    """Run resolved stages one after the other and give the last checkpoint.
+
+    `resume` is "auto" (the run folder's newest whole checkpoint, or a new start where there is none) or the path of a checkpoint.
+    Raises ValueError for what the user can mend, and `Stopped` after a SIGTERM or SIGINT, when all is saved.
+    """
+    device = ranks.start()
+    try:
+        mesh = ranks.make(stages[0].parallel, device)
+        if ranks.rank():
+            say = _silent
+        stages = with_precision(stages, say)
+        with _Signals() as signals:
+            begin = _open_run(stages, resume, say)
+            return _run(stages, resume=begin, on_evaluate=on_evaluate, run=_Run(mesh=mesh, device=device, signals=signals, say=say))
+    finally:
+        ranks.stop()
+
+
+def _silent(text: str) -> None:
+    """What other ranks than the first say."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Run:
+    mesh: DeviceMesh
+    device: torch.device
+    signals: _Signals
+    say: Say
+
+
+def _open_run(stages: tuple[TrainConfig, ...], resume: str, say: Say) -> Path | None:
+    """Make the run folder, or find the checkpoint to go on from; writes config.yaml. Every rank gets the same answer or error."""
+    out = Path(stages[0].out)
+    problem = ""
+    if ranks.rank() == 0:
+        try:
+            if not resume and (out / "metrics.jsonl").exists() or not resume and (out / "checkpoints").exists():
+                raise ValueError(f"{out} holds a run already. Go on with it: --resume auto. Or start another: out=FOLDER.")
+            out.mkdir(parents=True, exist_ok=True)
+            tree.save(stages, out / "config.yaml")
+        except (OSError, ValueError) as error:
+            problem = str(error) if isinstance(error, ValueError) else f"Cannot write to the run folder {out}: {error}. Choose another with out=FOLDER."
+    if problem := ranks.share(problem)[0]:
+        raise ValueError(problem)
+    if not resume:
+        return None
+    found = store.newest_good(out, warn=say) if resume == "auto" else store.open_checkpoint(Path(resume)).folder
+    if found is None:
+        say(f"{out} has no checkpoint: starting fresh.")
+    if ranks.rank() == 0:
+        cut_back(out / "metrics.jsonl", store.load_config(found)["step"] if found else 0)
+    return found
+
+
+def _run(stages: tuple[TrainConfig, ...], *, resume: Path | None, on_evaluate: Evaluate | None, run: _Run) -> Path:
+    begin, last = 0, resume
+    if resume is not None:
+        name, names = store.load_config(resume)["train"]["name"], [stage.name for stage in stages]
+        if name not in names:
+            raise ValueError(f"{resume} is of stage {name!r}, which this run does not have: its stages are {', '.join(names)}.")
+        begin = names.index(name)
+    for number, config in enumerate(stages):
+        before = sum(s.steps for s in stages[:number])
+        own = resume if number == begin else None
+        if number < begin or (own is not None and store.load_config(own)["step"] >= before + config.steps):
+            continue  # done; that checkpoint is the stage's last, and the next stage starts from it
+        stage = prepare(config, mesh=run.mesh, device=run.device, start=last, first_step=before, say=run.say)
+        try:
+            if own is not None:
+                restore(stage, own)
+                run.say(f"Resumed stage {config.name} at step {stage.number} from {own}")
+            last = _train_stage(stage, sum(s.steps for s in stages), on_evaluate=on_evaluate, run=run)
+        finally:
+            stage.loader.close()
+    if last == resume:
+        run.say(f"Nothing left to do: {last} is the last step.")
+    assert last is not None
+    return last
+
+
+def _train_stage(stage: Stage, last_step: int, *, on_evaluate: Evaluate | None, run: _Run) -> Path:
+    config, folder, reporter = stage.config, None, None
+    if ranks.rank() == 0:
+        reporter = Reporter(out=Path(config.out), config=config, last_step=last_step, say=run.say, step=stage.number)
+    try:
+        steps = iter(stage.loader)
+        while stage.step < config.steps:
+            since = time.monotonic()
+            report = train_step(stage, next(steps), since=since)
+            if reporter is not None:
+                reporter.write(report)
+            stop = max(ranks.share(run.signals.seen))
+            evaluate = bool(config.evaluate.every and stage.step % config.evaluate.every == 0)
+            due = bool(config.checkpoint.every and stage.step % config.checkpoint.every == 0)
+            if due or stop or evaluate or stage.step == config.steps:
+                folder = save(stage)
+            if evaluate and folder is not None and on_evaluate is not None and reporter is not None:
+                reporter.evaluation(stage.number, on_evaluate(config, folder))
+            if stop and stage.number < last_step:
+                raise Stopped(
+                    f"Stopped at step {stage.number} of {last_step}, saved in {folder}. Go on with the same command and --resume auto.", 128 + stop
+                )
+        assert folder is not None
+        return folder
+    finally:
+        if reporter is not None:
+            reporter.close()
+
+
+def choose_precision(wanted: str) -> tuple[str, str]:
+    """`auto` made definite, and why: bf16 where the device computes it faster (CUDA from Ampere on; CPUs with AMX or AVX512-BF16)."""
+    if wanted != "auto":
+        return wanted, "as configured"
+    if torch.cuda.is_available():
+        return ("bf16", "the GPU computes it faster") if torch.cuda.is_bf16_supported(including_emulation=False) else ("fp32", "the GPU has no bf16")
+    features = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
+    found = [name for name, check in features.items() if getattr(torch.cpu, check, bool)()]
+    return ("bf16", f"the CPU has {found[0]}") if found else ("fp32", "the CPU has neither AMX nor AVX512-BF16")
+
+
+def with_precision(stages: tuple[TrainConfig, ...], say: Say) -> tuple[TrainConfig, ...]:
+    """The stages with `precision=auto` made definite, each choice said once."""
+    chosen = {stage.precision: choose_precision(stage.precision) for stage in stages}
+    for wanted, (precision, why) in chosen.items():
+        if wanted == "auto":
+            say(f"precision=auto: {precision}, since {why}.")
+    return tuple(replace(stage, precision=chosen[stage.precision][0]) for stage in stages)

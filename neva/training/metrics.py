@@ -1,0 +1,214 @@
+"""What a run reports: one JSON line a step, TensorBoard, a progress bar and a printed line now and then. Rank 0 only."""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from neva.batch import Batch
+from neva.job import TrainConfig
+from neva.models.cost import step_flops
+
+PEAKS: dict[str, float] = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+"""Dense bf16 FLOP/s by a part of the device's name (NVIDIA's data sheets); elsewhere utilisation is not reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What the micro-batches of a step hold; adds up over ranks."""
+
+    tokens: int
+    """Useful ones: not padding."""
+    slots: int
+    """Tokens with padding."""
+    labels: int
+    tiles: int
+    flops: int
+
+    @staticmethod
+    def of(batches: Sequence[Batch], config: TrainConfig, trained: frozenset[str]) -> "Work":
+        """Count the work of CPU batches."""
+        documents = [length for batch in batches for length in _document_lengths(batch)]
+        labels, tiles = sum(b.label_count for b in batches), sum(b.tiles.shape[0] for b in batches)
+        flops = step_flops(
+            config.model, documents=documents, tiles=tiles, labelled=labels, trained=trained, recompute=config.recompute == "block"
+        )
+        return Work(
+            tokens=sum(documents), slots=sum(b.tokens.numel() for b in batches), labels=labels, tiles=tiles, flops=flops.total
+        )
+
+
+def _document_lengths(batch: Batch) -> list[int]:
+    lengths = batch.cu_seqlens.diff()
+    real = batch.segments.flatten()[batch.cu_seqlens[:-1].long().clamp_max(batch.segments.numel() - 1)] > 0
+    return lengths[(lengths > 0) & real].tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One line of `metrics.jsonl`."""
+
+    stage: str
+    step: int
+    """Optimiser step, counted over all stages."""
+    loss: float | None
+    """Mean over the step's label tokens; null where it was not finite and the step was left out."""
+    losses: dict[str, float]
+    """The same per kind of sample."""
+    grad_norm: float | None
+    lr: float
+    tokens: int
+    labels: int
+    padding: float
+    """Share of token slots that hold none."""
+    tokens_per_s: float
+    images_per_s: float
+    flops_per_s: float
+    mfu: float | None
+    """Share of the device's peak, where that is known."""
+    memory_gib: float
+    """Peak so far: of the GPU, else of the process."""
+    seconds: float
+    skipped_samples: int
+    """Samples left out so far: unreadable or over-long."""
+    skipped_steps: int
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak, if known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step` (they will be done again) and a line torn by a kill; atomic."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # torn
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(path)
+
+
+@dataclass(kw_only=True, eq=False)
+class Reporter:
+    """Writes step reports. `close` it."""
+
+    out: Path
+    config: TrainConfig
+    last_step: int
+    """The last step of the run, for the ETA."""
+    say: Callable[[str], None]
+    step: int = 0
+    """Steps that earlier sessions did."""
+    board: object | None = field(default=None, init=False)
+    bar: object | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        self.file = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
+        self.started, self.first = time.monotonic(), self.step
+        if self.config.log.tensorboard:
+            self.board = _tensorboard(self.out, self.step, self.say)
+        if sys.stderr.isatty():
+            self.bar = _bar(self.config.name, self.last_step, self.step)
+
+    def write(self, report: StepReport) -> None:
+        """Record one step."""
+        self.file.write(json.dumps(asdict(report)) + "\n")
+        self.file.flush()
+        self.step = report.step
+        if self.board is not None:
+            self._plot(report)
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=report.step, description=f"{report.stage} loss {_number(report.loss)}")
+        every = self.config.log.every
+        if every and (report.step % every == 0 or report.step == self.last_step):
+            self.say(self.line(report))
+
+    def line(self, r: StepReport) -> str:
+        """The printed form of a report."""
+        left = (time.monotonic() - self.started) / max(1, r.step - self.first) * (self.last_step - r.step)
+        kinds = " ".join(f"{name} {value:.3f}" for name, value in sorted(r.losses.items())) if len(r.losses) > 1 else ""
+        parts = [
+            f"{r.stage} {r.step}/{self.last_step}",
+            f"loss {_number(r.loss)}" + (f" ({kinds})" if kinds else ""),
+            f"grad {_number(r.grad_norm)}",
+            f"lr {r.lr:.2e}",
+            f"{r.tokens_per_s:,.0f} tok/s",
+            f"{r.padding:.1%} padding",
+            f"{r.images_per_s:,.1f} img/s",
+            f"{r.flops_per_s / 1e9:,.1f} GFLOP/s",
+            *([f"MFU {r.mfu:.1%}"] if r.mfu is not None else []),
+            f"{r.memory_gib:.2f} GiB",
+            *([f"skipped {r.skipped_samples} samples, {r.skipped_steps} steps"] if r.skipped_samples or r.skipped_steps else []),
+            f"ETA {int(left // 60)}:{int(left % 60):02d}",
+        ]
+        return "  ".join(parts)
+
+    def evaluation(self, step: int, scores: dict[str, float]) -> None:
+        """Record held-out scores in `evaluations.jsonl` and TensorBoard."""
+        with (self.out / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": self.config.name, "step": step, **scores}) + "\n")
+        for name, value in scores.items():
+            if self.board is not None:
+                self.board.add_scalar(f"evaluation/{name}", value, step)
+        self.say(f"{self.config.name} {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+
+    def close(self) -> None:
+        """Flush everything."""
+        self.file.close()
+        for part, method in ((self.board, "close"), (self.bar, "stop")):
+            if part is not None:
+                getattr(part, method)()
+
+    def _plot(self, report: StepReport) -> None:
+        for name, value in asdict(report).items():
+            if isinstance(value, int | float) and name != "step":
+                self.board.add_scalar(f"train/{name}", value, report.step)
+        for kind, value in report.losses.items():
+            self.board.add_scalar(f"loss/{kind or 'all'}", value, report.step)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def _tensorboard(out: Path, step: int, say: Callable[[str], None]) -> object | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        say("TensorBoard is not installed, so no plots are written: pip install 'neva[tensorboard]', or log.tensorboard=false.")
+        return None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+
+def _bar(name: str, total: int, done: int) -> object:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True)
+    bar.add_task(name, total=total, completed=done)
+    bar.start()
+    return bar

@@ -1,0 +1,256 @@
+"""One stage of training: built from a config and a checkpoint, changed step by step, saved and restored."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from neva import config as tree
+from neva.batch import Batch
+from neva.checkpoint import store
+from neva.data.encode import Encoder
+from neva.data.loader import Loader, LoaderOptions
+from neva.data.pack import Budget
+from neva.data.source import LlavaSource, MockSource
+from neva.data.tokenizer import Tokenizer, load_tokenizer
+from neva.job import SourceConfig, TrainConfig
+from neva.models.vlm import VLM, fresh
+from neva.parallel import mesh as ranks
+from neva.parallel.wrap import fill, freeze, logical_parameters, parallelize
+from neva.training.loss import group_sums, not_finite
+from neva.training.metrics import StepReport, Work, memory_gib, peak_flops
+from neva.training.optim import clip, learning_rate, make_optimizer, optimizer_tensors
+
+
+@dataclass(kw_only=True, eq=False)
+class Stage:
+    """A stage being trained: what its steps change."""
+
+    config: TrainConfig
+    first_step: int
+    """Steps of the stages before."""
+    model: VLM
+    optimizer: torch.optim.AdamW
+    loader: Loader
+    tokenizer: Tokenizer
+    device: torch.device
+    trained: frozenset[str]
+    """Parts (vision, projector, decoder, head) with a trained parameter."""
+    step: int = 0
+    """Optimiser steps done of this stage."""
+    skipped_steps: int = 0
+    pinned: bool = False
+    """Copy batches through page-locked memory?"""
+
+    @property
+    def number(self) -> int:
+        """Step counted over all stages."""
+        return self.first_step + self.step
+
+
+def prepare(
+    config: TrainConfig, *, mesh: DeviceMesh, device: torch.device, start: Path | None = None, first_step: int = 0, say: Callable[[str], None] = print
+) -> Stage:
+    """Build a stage: sharded model with its weights, optimiser and loader.
+
+    `start` is a checkpoint whose weights it takes, except for parts that `init` wants fresh; without one all are fresh.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    loader = make_loader(config, tokenizer, rank=ranks.rank(), world=mesh.size())
+    with torch.device("meta"):
+        model = VLM(config.model)
+    freeze(model, config.trainable)
+    say(_table(config, model))
+    trained = frozenset("projector" if name.startswith("image_vectors") else name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad)
+    parallelize(model, mesh, precision=config.precision, recompute=config.recompute, compile=config.compile)
+    fill(model, device, lambda name, shape: fresh(name, shape, config.seed))
+    if config.init.model and first_step == 0 and start is None:
+        start = store.open_checkpoint(Path(config.init.model)).folder
+    if start is not None:
+        anew = tuple(f"{part}." for part in ("vision", "projector", "decoder") if getattr(config.init, part) == "fresh")
+        store.load_weights(start, into=dict(logical_parameters(model)), only=lambda name: not (anew and name.startswith(anew)))
+    return Stage(
+        config=config, first_step=first_step, model=model, optimizer=make_optimizer(model, config.optim), loader=loader,
+        tokenizer=tokenizer, device=device, trained=trained, pinned=device.type == "cuda",
+    )  # fmt: skip
+
+
+def make_loader(config: TrainConfig, tokenizer: Tokenizer, *, rank: int = 0, world: int = 1) -> Loader:
+    """The loader of a stage's data for one rank."""
+    data, batch = config.data, config.batch
+    encoder = Encoder(tokenizer=tokenizer, template=data.template, system=data.system, layout=config.model.layout)
+    options = LoaderOptions(
+        shuffle=data.shuffle, seed=config.seed, workers=data.workers, pool=data.pool, prefetch=data.prefetch,
+        on_error=data.on_error, over_long=data.over_long,
+    )  # fmt: skip
+    budget = Budget(seq_length=batch.seq_length, rows=batch.rows, micro_rows=batch.micro_rows, max_tiles=batch.max_tiles)
+    sources = [make_source(source, seed=config.seed) for source in data.blend]
+    weights = [len(s) if c.weight is None else c.weight for s, c in zip(sources, data.blend, strict=True)]
+    return Loader(sources, encoder, budget, options, weights=weights, rank=rank, world=world, share=ranks.share)
+
+
+def make_source(config: SourceConfig, *, seed: int = 0) -> LlavaSource | MockSource:
+    """The source that a config names."""
+    if config.mock is not None:
+        m = config.mock
+        return MockSource(
+            samples=m.samples, words=m.words, images=m.images, image_size=m.image_size, text_only_every=m.text_only_every,
+            seed=seed, name=config.name or "mock",
+        )  # fmt: skip
+    return LlavaSource(config.path, config.image_folder, name=config.name)
+
+
+def train_step(stage: Stage, batches: tuple[Batch, ...], *, since: float | None = None) -> StepReport:
+    """One optimiser step over this rank's micro-batches: forward, backward, clip, update.
+
+    Rates in the report are per second from `since` (a `time.monotonic()`, by default now) until the step is done.
+    """
+    started, config = time.monotonic() if since is None else since, stage.config
+    work = Work.of(batches, config, stage.trained)
+    labels = int(ranks.total([work.labels])[0])
+    sums: dict[str, list[float]] = {}
+    bad: list[str] = []
+    pending: list[tuple[Batch, Tensor, Tensor]] = []
+    for batch in batches:
+        local = (batch.pin() if stage.pinned else batch).to(stage.device)
+        out = stage.model(local)
+        (out.losses.sum() / labels).backward()
+        pending.append((batch, out.losses.detach(), group_sums(out.losses, local)))
+    for batch, losses, groups in pending:  # reads from the device only now, when all work is queued
+        for name, (loss, count) in zip(batch.group_names, groups.T.tolist(), strict=True):
+            entry = sums.setdefault(name, [0.0, 0.0])
+            entry[0], entry[1] = entry[0] + loss, entry[1] + count
+        if not groups.isfinite().all():
+            bad += not_finite(losses, batch)
+    stage.step += 1
+    lr = learning_rate(config.optim, stage.step, config.steps)
+    norm = clip(stage.model, config.optim.clip).item()
+    shared = ranks.share((sums, bad, work))
+    bad = [key for _, keys, _ in shared for key in keys]
+    if finite := not bad and norm == norm and abs(norm) != float("inf"):
+        for group in stage.optimizer.param_groups:
+            group["lr"] = lr
+        stage.optimizer.step()
+    stage.optimizer.zero_grad()
+    if not finite:
+        _refuse(stage, bad)
+    return _report(stage, [s for s, _, _ in shared], [w for _, _, w in shared], norm=norm if finite else None, lr=lr, seconds=time.monotonic() - started)
+
+
+def _refuse(stage: Stage, bad: list[str]) -> None:
+    """A step whose loss or gradient is not finite: an error that names its samples, or left out and counted."""
+    what = f"the loss is not finite; samples: {', '.join(bad[:20])}" if bad else "the gradient norm is not finite though every loss is"
+    if stage.config.log.on_nonfinite == "stop":
+        raise ValueError(
+            f"Step {stage.number} of stage {stage.config.name}: {what}. Look at these samples, lower optim.lr, or leave such steps out with "
+            "log.on_nonfinite=skip. The last checkpoint is untouched."
+        )
+    stage.skipped_steps += 1
+
+
+def _report(stage: Stage, sums: list[dict[str, list[float]]], works: list[Work], *, norm: float | None, lr: float, seconds: float) -> StepReport:
+    merged: dict[str, list[float]] = {}
+    for part in sums:
+        for name, (loss, count) in part.items():
+            entry = merged.setdefault(name, [0.0, 0.0])
+            entry[0], entry[1] = entry[0] + loss, entry[1] + count
+    labels, tokens, slots, flops = (sum(getattr(w, key) for w in works) for key in ("labels", "tokens", "slots", "flops"))
+    peak = peak_flops(stage.device)
+    return StepReport(
+        stage=stage.config.name,
+        step=stage.number,
+        loss=sum(loss for loss, _ in merged.values()) / labels if norm is not None else None,
+        losses={name: loss / count for name, (loss, count) in sorted(merged.items()) if count and norm is not None},
+        grad_norm=norm,
+        lr=lr,
+        tokens=tokens,
+        labels=labels,
+        padding=1 - tokens / slots,
+        tokens_per_s=tokens / seconds,
+        images_per_s=sum(w.tiles for w in works) / seconds,
+        flops_per_s=flops / seconds,
+        mfu=flops / seconds / (peak * len(works)) if peak else None,
+        memory_gib=memory_gib(stage.device),
+        seconds=seconds,
+        skipped_samples=stage.loader.counts["dropped"] + stage.loader.counts["skipped"],
+        skipped_steps=stage.skipped_steps,
+    )
+
+
+def save(stage: Stage) -> Path:
+    """Write and publish a checkpoint of the stage as it stands."""
+    config = stage.config
+    training = store.Training(
+        tensors=optimizer_tensors(stage.model, stage.optimizer),
+        per_rank=_random_state(stage.device),
+        state={"stage": config.name, "step": stage.step, "skipped_steps": stage.skipped_steps, "data": stage.loader.state_dict()},
+    )
+    described = {
+        "step": stage.number,
+        "model": tree.to_dict(config.model),
+        "template": config.data.template,
+        "system": config.data.system,
+        "train": tree.to_dict(config),
+    }
+    return store.save(
+        Path(config.out), step=stage.number, config=described, write_tokenizer=stage.tokenizer.save,
+        weights={name: parameter.detach() for name, parameter in logical_parameters(stage.model)}, training=training,
+        keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every,
+    )  # fmt: skip
+
+
+def restore(stage: Stage, folder: Path) -> None:
+    """Take optimiser, random states and data position from a checkpoint of this stage; its weights are loaded already."""
+    random = _random_state(stage.device)
+    into = store.Training(tensors=optimizer_tensors(stage.model, stage.optimizer), per_rank=random)
+    state = store.load_training(folder, into=into).state
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"], stage.device)
+    stage.step, stage.skipped_steps = state["step"], state["skipped_steps"]
+    stage.loader.load_state_dict(state["data"])
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _table(config: TrainConfig, model: VLM) -> str:
+    """Parameters of each part, trained and frozen."""
+    rows: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        rows.setdefault(name.split(".", 1)[0], [0, 0])[not parameter.requires_grad] += parameter.numel()
+    total = [sum(column) for column in zip(*rows.values(), strict=True)]
+    lines = [f"  {part:<14}{trained:>16,}{frozen:>16,}" for part, (trained, frozen) in {**rows, "total": total}.items()]
+    return "\n".join([f"Stage {config.name} ({config.precision}), {config.steps} steps", f"  {'parameters':<14}{'trained':>16}{'frozen':>16}", *lines])
+
+
+
+
+def frozen_changed(config: TrainConfig, end: Path, start: Path | None) -> tuple[int, int]:
+    """Parameters that a stage trained, and how many of its frozen tensors have other bytes in its last checkpoint than at its start.
+
+    `start` is the checkpoint that the stage began from; without one it began from fresh weights, which are drawn again to compare.
+    """
+    with torch.device("meta"):
+        model = VLM(config.model)
+    freeze(model, config.trainable)
+    names = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    after = _read(end, names)
+    before = _read(start, names) if start is not None else {name: fresh(name, p.shape, config.seed) for name, p in names.items()}
+    # In bf16 a module that is frozen whole is stored in bf16, so its start values may have been rounded once.
+    kept = {name for name in names for dtype in (torch.float32, torch.bfloat16) if torch.equal(before[name].to(dtype).float(), after[name])}
+    return trained, len(names) - len(kept)
+
+
+def _read(folder: Path, names: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """Some of a checkpoint's weights, in fp32: what bf16 holds is held exactly."""
+    into = {name: torch.empty(parameter.shape) for name, parameter in names.items()}
+    store.load_weights(folder, into=into, only=lambda name: name in into)
+    return into

@@ -1,0 +1,321 @@
+"""The rules of the house, read from the syntax trees: who may import whom, and how long a thing may get.
+
+Nothing of the package is imported. Every rule is a function from a file to complaints, and is shown to fire.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ORDER = (
+    {"config"},
+    {"batch"},
+    {"models", "data"},
+    {"parallel"},
+    {"job"},
+    {"plan", "checkpoint"},
+    {"training", "infer"},
+    {"evaluate"},
+    {"recipes"},
+    {"api"},
+    {"launch"},
+    {"cli"},
+)
+"""Each room imports only rooms before its own; rooms of one set are blind to each other."""
+FLOOR = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
+FRONT = {"__init__", "__main__"}
+"""The package's own two files: they open the door to api and cli."""
+ENCODE_PATH = {"sample", "image", "template", "tokenizer", "encode", "pack"}
+FROM_DATA = {"infer": ENCODE_PATH, "evaluate": ENCODE_PATH | {"source"}}
+"""What these rooms may take from `data`."""
+ENVIRONMENT_ROOMS = {"api", "launch", "cli"}
+MESHLESS_ROOMS = {"models", "data"}
+BAD_NAMES = re.compile(r"(utils?|common|helpers?|core|misc|base|base_.*)")
+MODULE_STATE = re.compile(r"(mesh|rank|world|world_size|local_rank|dtype|device)", re.IGNORECASE)
+ASSERTS = re.compile(r"\bassert\b|raises|warns|assert_|check_|expect|run_layout|must_")
+SKIPS = {f"pytest.{word}" for word in ("skip", "xfail", "mark.skip", "mark.xfail", "import" + "orskip")}
+LENGTH_EXEMPT = {"presets.py"}
+FILE_LINES, FUNCTION_LINES, ARGUMENTS = 500, 60, 8
+
+
+@dataclass(frozen=True)
+class File:
+    """One Python file of the package: its path within the repository, and its text."""
+
+    path: Path
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def room(self) -> str:
+        """`models` of neva/models/vit.py, `job` of neva/job.py."""
+        return self.path.parts[1].removesuffix(".py")
+
+    @cached_property
+    def imports(self) -> list[str]:
+        """Dotted names that the file imports anywhere, relative ones made absolute."""
+        names = []
+        here = self.path.with_suffix("").parts
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = list(here[: len(here) - node.level]) if node.level else []
+                module = ".".join([*base, *([node.module] if node.module else [])])
+                names += [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        return names
+
+    @cached_property
+    def functions(self) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+        return [node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def knows_its_room(file: File) -> Iterator[str]:
+    if file.room not in FLOOR.keys() | FRONT:
+        yield f"the room '{file.room}' is not in the plan; add it to ORDER and to docs/tour.md, or move the file"
+
+
+def imports_in_order(file: File) -> Iterator[str]:
+    for name in file.imports:
+        parts = name.split(".")
+        room = parts[1] if parts[0] == "neva" and len(parts) > 1 else file.room
+        if file.room in FLOOR and room in FLOOR and room != file.room and FLOOR[room] >= FLOOR[file.room]:
+            yield f"{file.room} imports {name}, which is not before it in the import order"
+
+
+def takes_only_the_encode_path(file: File) -> Iterator[str]:
+    modules = {path.stem for path in (ROOT / "neva" / "data").glob("*.py")}
+    for name in file.imports:
+        parts = name.split(".")
+        takes = parts[2] if file.room in FROM_DATA and parts[:2] == ["neva", "data"] and len(parts) > 2 else ""
+        if takes in (modules | ENCODE_PATH) - FROM_DATA.get(file.room, set()):
+            yield f"{file.room} imports {name}; of data it may use {', '.join(sorted(FROM_DATA[file.room]))}"
+
+
+def keeps_the_mesh_out(file: File) -> Iterator[str]:
+    if file.room not in MESHLESS_ROOMS:
+        return
+    for name in file.imports:
+        if name == "torch.distributed" or name.startswith("torch.distributed."):
+            yield f"{file.room} imports {name}; what knows ranks lives in parallel"
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.distributed", "dist.group"):
+            yield f"line {node.lineno}: torch.distributed used in {file.room}"
+
+
+def reads_no_environment(file: File) -> Iterator[str]:
+    if file.room in ENVIRONMENT_ROOMS:
+        return
+    for node in ast.walk(file.tree):
+        read = isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv", "os.environb")
+        if read or (isinstance(node, ast.ImportFrom) and node.module == "os" and any(a.name in ("environ", "getenv") for a in node.names)):
+            yield f"line {node.lineno}: environment read outside {', '.join(sorted(ENVIRONMENT_ROOMS))}"
+
+
+def keeps_no_global_state(file: File) -> Iterator[str]:
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Global) and any(MODULE_STATE.fullmatch(name.strip("_")) for name in node.names):
+            yield f"line {node.lineno}: global {', '.join(node.names)}"
+        calls = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if calls.startswith("torch.set_default_"):
+            yield f"line {node.lineno}: {calls} changes the dtype or device of everything"
+    for node in file.tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        for target in targets:
+            if isinstance(target, ast.Name) and MODULE_STATE.fullmatch(target.id.strip("_")):
+                yield f"line {node.lineno}: a global '{target.id}'"
+
+
+def is_named_for_what_it_holds(file: File) -> Iterator[str]:
+    for part in file.path.parts:
+        if BAD_NAMES.fullmatch(part.removesuffix(".py")):
+            yield f"'{part}' says nothing about what it holds"
+
+
+def is_short(file: File) -> Iterator[str]:
+    lines = len(file.text.splitlines())
+    if lines > FILE_LINES and file.path.name not in LENGTH_EXEMPT:
+        yield f"{lines} lines; at most {FILE_LINES}"
+    for function in file.functions:
+        length = (function.end_lineno or function.lineno) - function.lineno + 1
+        if length > FUNCTION_LINES:
+            yield f"line {function.lineno}: {function.name} has {length} lines; at most {FUNCTION_LINES}"
+
+
+def takes_few_arguments(file: File) -> Iterator[str]:
+    for function in file.functions:
+        args = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
+        count = len(args) - (args[:1] in (["self"], ["cls"]))
+        if count > ARGUMENTS:
+            yield f"line {function.lineno}: {function.name} takes {count} arguments; at most {ARGUMENTS}"
+
+
+def is_finished(file: File) -> Iterator[str]:
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Raise) and "NotImplementedError" in ast.unparse(node):
+            yield f"line {node.lineno}: NotImplementedError; build it or leave it out"
+    for number, line in enumerate(file.text.splitlines(), 1):
+        if re.search(r"\b(TODO|FIXME|XXX|HACK)\b", line):
+            yield f"line {number}: left for later"
+
+
+def swallows_no_error(file: File) -> Iterator[str]:
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.ExceptHandler):
+            broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+            if broad and all(isinstance(inner, ast.Pass | ast.Continue) for inner in node.body):
+                yield f"line {node.lineno}: an error is swallowed; catch the one that is meant"
+
+
+def keeps_annotations_real(file: File) -> Iterator[str]:
+    if "__future__.annotations" in file.imports and any(name.split(".")[0] == "jaxtyping" for name in file.imports):
+        yield "`from __future__ import annotations` turns shapes into text that nobody checks"
+
+
+def config_is_frozen(file: File) -> Iterator[str]:
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+            decorators = " ".join(ast.unparse(d) for d in node.decorator_list)
+            if "frozen=True" not in decorators or "kw_only=True" not in decorators:
+                yield f"line {node.lineno}: {node.name} is not a dataclass(frozen=True, kw_only=True)"
+
+
+def asserts_something(file: File) -> Iterator[str]:
+    for function in file.functions:
+        if function.name.startswith("test_") and not ASSERTS.search(ast.unparse(function)):
+            yield f"line {function.lineno}: {function.name} asserts nothing"
+
+
+def skips_nothing(file: File) -> Iterator[str]:
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in SKIPS:
+            yield f"line {node.lineno}: {ast.unparse(node)}; mark what needs a device `gpu`, and let the rest run"
+        conditional = isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark." + "skipif"
+        if conditional and not any(keyword.arg == "reason" for keyword in node.keywords):
+            yield f"line {node.lineno}: skipped under a condition without a reason"
+
+
+RULES: tuple[Callable[[File], Iterator[str]], ...] = (
+    knows_its_room,
+    imports_in_order,
+    takes_only_the_encode_path,
+    keeps_the_mesh_out,
+    reads_no_environment,
+    keeps_no_global_state,
+    is_named_for_what_it_holds,
+    is_short,
+    takes_few_arguments,
+    is_finished,
+    swallows_no_error,
+    keeps_annotations_real,
+    config_is_frozen,
+)
+TEST_RULES: tuple[Callable[[File], Iterator[str]], ...] = (asserts_something, skips_nothing)
+
+
+def files_of(folder: str, pattern: str) -> list[File]:
+    return [File(path.relative_to(ROOT), path.read_text(encoding="utf-8")) for path in sorted((ROOT / folder).rglob(pattern))]
+
+
+def complaints_of(rule: Callable[[File], Iterator[str]], files: list[File]) -> str:
+    return "\n".join(f"{file.path}: {complaint}" for file in files for complaint in rule(file))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_package_is_in_order(rule: Callable[[File], Iterator[str]]) -> None:
+    files = files_of("neva", "*.py")
+    assert files and complaints_of(rule, files) == ""
+
+
+@pytest.mark.parametrize("rule", TEST_RULES, ids=lambda rule: rule.__name__)
+def test_the_tests_are_in_order(rule: Callable[[File], Iterator[str]]) -> None:
+    files = files_of("tests", "test_*.py")
+    assert files and complaints_of(rule, files) == ""
+
+
+LATER = "TO" + "DO"
+BAD = (
+    ("knows_its_room", "neva/serving/x.py", ""),
+    ("imports_in_order", "neva/config.py", "from neva.batch import Batch"),
+    ("imports_in_order", "neva/data/loader.py", "from neva import models"),
+    ("imports_in_order", "neva/data/loader.py", "def f():\n    import neva.models.vit"),
+    ("imports_in_order", "neva/data/loader.py", "from ..models import vit"),
+    ("imports_in_order", "neva/models/vit.py", "from neva.job import TrainConfig"),
+    ("imports_in_order", "neva/training/loop.py", "from neva.infer.generate import generate"),
+    ("imports_in_order", "neva/training/loop.py", "from neva.evaluate import score"),
+    ("imports_in_order", "neva/api.py", "from neva import cli"),
+    ("takes_only_the_encode_path", "neva/infer/engine.py", "from neva.data.source import open_source"),
+    ("takes_only_the_encode_path", "neva/evaluate/run.py", "from neva.data import loader, source"),
+    ("keeps_the_mesh_out", "neva/models/vit.py", "import torch.distributed as dist"),
+    ("keeps_the_mesh_out", "neva/models/vit.py", "from torch import distributed"),
+    ("keeps_the_mesh_out", "neva/data/loader.py", "from torch.distributed.tensor import DTensor"),
+    ("keeps_the_mesh_out", "neva/data/loader.py", "import torch\ntorch.distributed.get_rank()"),
+    ("reads_no_environment", "neva/training/loop.py", "import os\nos.environ['RANK']"),
+    ("reads_no_environment", "neva/parallel/mesh.py", "import os\nos.getenv('RANK')"),
+    ("reads_no_environment", "neva/parallel/mesh.py", "from os import environ"),
+    ("keeps_no_global_state", "neva/parallel/mesh.py", "_MESH = None"),
+    ("keeps_no_global_state", "neva/parallel/mesh.py", "rank: int = 0"),
+    ("keeps_no_global_state", "neva/parallel/mesh.py", "def f():\n    global _rank\n    _rank = 1"),
+    ("keeps_no_global_state", "neva/models/vit.py", "import torch\ntorch.set_default_dtype(torch.bfloat16)"),
+    ("is_named_for_what_it_holds", "neva/models/utils.py", ""),
+    ("is_named_for_what_it_holds", "neva/core/x.py", ""),
+    ("is_named_for_what_it_holds", "neva/data/base_source.py", ""),
+    ("is_short", "neva/models/vit.py", "x = 1\n" * 501),
+    ("is_short", "neva/models/vit.py", "def f():\n" + "    x = 1\n" * 60),
+    ("takes_few_arguments", "neva/models/vit.py", "def f(a, b, c, d, *, e, f, g, h, i): ..."),
+    ("takes_few_arguments", "neva/models/vit.py", "class A:\n    def f(self, a, b, c, d, e, f, g, h, i): ..."),
+    ("is_finished", "neva/models/vit.py", "def f():\n    raise NotImplementedError"),
+    ("is_finished", "neva/models/vit.py", f"x = 1  # {LATER}: later"),
+    ("swallows_no_error", "neva/models/vit.py", "try:\n    f()\nexcept Exception:\n    pass"),
+    ("swallows_no_error", "neva/models/vit.py", "for x in y:\n    try:\n        f()\n    except:\n        continue"),
+    ("keeps_annotations_real", "neva/models/vit.py", "from __future__ import annotations\nfrom jaxtyping import Float"),
+    ("config_is_frozen", "neva/job.py", "@dataclass(frozen=True)\nclass AConfig: ..."),
+    ("asserts_something", "tests/unit/test_x.py", "def test_x():\n    f()"),
+    ("skips_nothing", "tests/unit/test_x.py", "import pytest\n@pytest" + ".mark.skip(reason='x')\ndef test_x():\n    assert f()"),
+    ("skips_nothing", "tests/unit/test_x.py", "import pytest\n@pytest" + ".mark.skipif(True)\ndef test_x():\n    assert f()"),
+)
+GOOD = (
+    ("imports_in_order", "neva/cli.py", "from neva import launch, api"),
+    ("imports_in_order", "neva/training/loop.py", "from neva.checkpoint import store\nfrom neva.training import loss\nfrom . import metrics"),
+    ("takes_only_the_encode_path", "neva/infer/engine.py", "from neva.data.encode import encode\nfrom neva.data import pack"),
+    ("keeps_the_mesh_out", "neva/parallel/mesh.py", "import torch.distributed as dist"),
+    ("reads_no_environment", "neva/launch.py", "import os\nos.environ['RANK']"),
+    ("keeps_no_global_state", "neva/models/vit.py", "def f(rank, dtype):\n    mesh = rank\n    return mesh"),
+    ("is_short", "neva/models/presets.py", "x = 1\n" * 501),
+    ("takes_few_arguments", "neva/models/vit.py", "class A:\n    def f(self, a, b, c, d, e, f, g, h): ..."),
+    ("swallows_no_error", "neva/models/vit.py", "try:\n    f()\nexcept KeyError:\n    pass"),
+    ("config_is_frozen", "neva/job.py", "@dataclass(frozen=True, kw_only=True)\nclass AConfig: ..."),
+)
+
+
+def complaints(rule: str, path: str, text: str) -> list[str]:
+    return list({r.__name__: r for r in RULES + TEST_RULES}[rule](File(Path(path), text)))
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), BAD)
+def test_a_rule_fires_on_what_it_forbids(rule: str, path: str, text: str) -> None:
+    assert complaints(rule, path, text)
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), GOOD)
+def test_a_rule_leaves_alone_what_is_meant(rule: str, path: str, text: str) -> None:
+    assert not complaints(rule, path, text)
+
+
+def test_every_rule_is_shown_to_fire() -> None:
+    assert {rule.__name__ for rule in RULES + TEST_RULES} == {rule for rule, _, _ in BAD}
+
+
+def test_the_doors_that_the_readme_names_exist() -> None:
+    readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "make demo" in readme and "make test" in readme and "make test" in ci

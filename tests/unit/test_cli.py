@@ -1,0 +1,239 @@
+"""The command line: what reaches `neva.api`, what is printed, and which exit code comes back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import neva
+from neva import config, recipes
+from neva.cli import main
+
+ROOT = Path(neva.__file__).parents[1]
+
+
+class Stopped(Exception):
+    def __init__(self, message: str, exit_code: int) -> None:
+        self.message, self.exit_code = message, exit_code
+
+
+class FakeApi(types.ModuleType):
+    """Notes every call and answers what the test wants."""
+
+    def __init__(self) -> None:
+        super().__init__("neva.api")
+        self.calls: list[tuple[str, tuple, dict]] = []
+        self.answer: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            self.calls.append((name, args, options))
+            if isinstance(self.answer, BaseException):
+                raise self.answer
+            return self.answer
+
+        return call
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
+    fake, loop = FakeApi(), types.ModuleType("neva.training.loop")
+    loop.Stopped = Stopped  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "neva.api", fake)
+    monkeypatch.setattr(neva, "api", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "neva.training.loop", loop)
+    return fake
+
+
+def run(*args: str, **options: Any) -> Result:
+    return CliRunner().invoke(main, args, prog_name="neva", **options)
+
+
+def test_importing_the_command_line_imports_nothing_heavy() -> None:
+    code = "import sys, neva.cli; print([m for m in ('torch', 'numpy', 'pydantic', 'yaml', 'transformers', 'rich') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_names_every_command() -> None:
+    result = run("--help")
+    assert result.exit_code == 0 and all(word in result.output for word in ("train", "demo", "show", "recipes", "generate", "eval"))
+
+
+def test_train_takes_overrides_and_options_in_any_order(api: FakeApi) -> None:
+    assert run("train", "demo", "out=x", "--resume", "auto", "finetune:data.source=y").exit_code == 0
+    assert run("train", "demo").exit_code == 0
+    assert api.calls == [
+        ("train", ("demo", ("out=x", "finetune:data.source=y")), {"resume": "auto"}),
+        ("train", ("demo", ()), {"resume": None}),
+    ]
+
+
+def test_train_with_nproc_starts_that_many_ranks_of_the_same_command(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr("neva.launch.local", lambda argv, nproc: started.append((argv, nproc)) or 7)
+    assert run("--traceback", "train", "demo", "--nproc", "2", "out=x", "--resume", "auto").exit_code == 7
+    assert started == [(["--traceback", "train", "--resume", "auto", "--", "demo", "out=x"], 2)]
+    assert api.calls == [("recipe", ("demo", ("out=x",)), {})]
+    api.answer = ValueError("no field 'x'")
+    assert run("train", "demo", "--nproc", "2", "x=1").exit_code == 1 and len(started) == 1
+
+
+def test_demo_and_show_pass_what_they_are_given(api: FakeApi) -> None:
+    api.answer = "name: a\n"
+    assert run("demo", "--out", "there", "steps=3").exit_code == 0
+    assert run("show", "demo", "steps=3").output == "name: a\n"
+    assert api.calls == [("demo", (), {"out": "there", "overrides": ("steps=3",)}), ("show", ("demo", ("steps=3",)), {})]
+
+
+def test_recipes_lists_names_stages_and_descriptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"name": "demo", "stages": ["pretrain", "finetune"], "description": "A tiny model."}]
+    monkeypatch.setattr(recipes, "listing", lambda: rows)
+    assert json.loads(run("recipes", "--json").output) == rows
+    assert run("recipes").output == "demo  A tiny model. [pretrain → finetune]\n"
+
+
+def test_generate_passes_only_what_was_given(api: FakeApi, tmp_path: Path) -> None:
+    api.answer = [{"id": "a", "text": "zwölf"}]
+    (tmp_path / "a.png").touch()
+    result = run("generate", "runs/x", "--prompt", "How many?", "--image", str(tmp_path / "a.png"), "--temperature", "0", "--stop", "\n")
+    assert (result.exit_code, result.output) == (0, "zwölf\n")
+    options = {"prompt": "How many?", "images": (str(tmp_path / "a.png"),), "temperature": 0.0, "stop": ("\n",)}
+    assert api.calls == [("generate", ("runs/x",), options)]
+
+
+def test_generate_prints_one_line_per_sample_of_a_file(api: FakeApi, tmp_path: Path) -> None:
+    api.answer = [{"id": "a", "text": "zwölf"}, {"id": "b", "text": "two"}]
+    data = tmp_path / "data.json"
+    data.touch()
+    assert run("generate", "x", "--data", str(data), "--image-folder", str(tmp_path)).output == "a: zwölf\nb: two\n"
+    lines = run("generate", "x", "--data", str(data), "--batch-size", "4", "--json").output.splitlines()
+    assert [json.loads(line) for line in lines] == api.answer
+    assert api.calls[0][2] == {"data": str(data), "image_folder": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give --prompt TEXT for one question, or --data FILE"),
+        (["--prompt", "a", "--data", __file__], "give --prompt TEXT for one question, or --data FILE"),
+        (["--data", __file__, "--image", __file__], "--image goes with --prompt"),
+        (["--prompt", "a", "--image-folder", "."], "--image-folder goes with --data"),
+        (["--prompt", "a", "--image", "nowhere.png"], "nowhere.png"),
+        (["--prompt", "a", "--top-p", "1.5"], "1.5 is not in the range"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "0 is not in the range"),
+    ],
+)
+def test_a_wrong_use_of_generate_is_said_with_exit_code_2(api: FakeApi, args: list[str], message: str) -> None:
+    result = run("generate", "runs/x", *args)
+    assert result.exit_code == 2 and message in " ".join(result.output.split()) and not api.calls
+
+
+def test_eval_prints_a_table_or_json(api: FakeApi) -> None:
+    api.answer = {"accuracy": {"colour": 0.875, "all": 0.5}, "n": 16}
+    assert json.loads(run("eval", "x", "--data", __file__, "--json").output) == api.answer
+    table = run("eval", "x", "--data", __file__, "--image-folder", str(ROOT)).output
+    assert "colour" in table and "87.5%" in table and "16 questions" in table
+    assert api.calls[1] == ("evaluate", ("x",), {"data": __file__, "image_folder": str(ROOT)})
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("no field 'x'. Did you mean 'y'?"), 1, "error: no field 'x'. Did you mean 'y'?\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.json"), 1, "error: a.json: No such file or directory\n"),
+        (OSError("disk on fire"), 1, "error: disk on fire\n"),
+        (Stopped("stopped at step 3; go on with --resume auto", 143), 143, "stopped at step 3; go on with --resume auto\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_an_error_of_the_user_is_one_line_and_a_code(api: FakeApi, error: BaseException, code: int, message: str) -> None:
+    api.answer = error
+    result = run("train", "demo")
+    assert (result.exit_code, result.stderr, result.stdout) == (code, message, "")
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x")])
+def test_the_traceback_is_there_when_asked_for_and_for_our_own_faults(api: FakeApi, error: Exception) -> None:
+    api.answer = error
+    assert run("--traceback", "train", "demo").exception is error
+    assert run("train", "demo", env={"NEVA_TRACEBACK": "1"}).exception is error
+    assert (run("train", "demo").exception is error) == isinstance(error, RuntimeError)
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    code = 'import neva.cli, sys, types; sys.modules["neva.api"] = neva.api = types.ModuleType("neva.api")\n'
+    code += 'neva.api.show = lambda *a: "line\\n" * 100000\nneva.cli.main(["show", "demo"])'
+    command = f"{sys.executable} -c '{code}' | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("line\n", "")
+
+
+def test_a_recipe_is_found_by_name_by_stage_and_as_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = (types.SimpleNamespace(name="pretrain"), types.SimpleNamespace(name="finetune"))
+    monkeypatch.setattr(recipes, "_function", lambda name: lambda: stages)
+    assert recipes.get("demo") == stages and recipes.get("demo/finetune") == stages[1:]
+    for name, message in (
+        ("demoo", "no recipe 'demoo'. Did you mean 'demo'?"),
+        ("demo/finetun", "no stage 'finetun' in recipe 'demo'. Did you mean 'finetune'?"),
+        ("runs/none.yaml", "runs/none.yaml: No such file"),
+    ):
+        with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+            recipes.get(name)
+
+
+@pytest.mark.parametrize("name", sorted(recipes.RECIPES))
+def test_a_recipe_saved_and_loaded_is_the_same_recipe(name: str, tmp_path: Path) -> None:
+    stages = recipes.get(name)
+    config.save(stages, tmp_path / "config.yaml")
+    assert recipes.get(str(tmp_path / "config.yaml")) == stages
+
+
+def test_every_recipe_has_a_description() -> None:
+    rows = recipes.listing()
+    assert [row["name"] for row in rows] == list(recipes.RECIPES)
+    assert all(row["description"] and len(set(row["stages"])) == len(row["stages"]) > 0 for row in rows)
+
+
+def ranks(tmp_path: Path, program: str) -> subprocess.Popen:
+    """`launch.local` of two ranks where `python -m neva` is `program`."""
+    (tmp_path / "neva.py").write_text(textwrap.dedent(program))
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from neva.launch import local; sys.exit(local(['a', '--', 'b'], 2))"
+    return subprocess.Popen([sys.executable, "-P", "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+@pytest.mark.multi
+def test_ranks_share_the_cores_and_the_first_failure_gives_the_exit_code(tmp_path: Path) -> None:
+    started = ranks(tmp_path, "import os, sys; os.write(1, f'{sys.argv[1:]} {os.environ[\"OMP_NUM_THREADS\"]}\\n'.encode()); sys.exit(3)")
+    output, _ = started.communicate(timeout=100)
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
+    assert started.returncode == 3 and f"['a', '--', 'b'] {threads}" in output
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_every_rank(tmp_path: Path, number: signal.Signals) -> None:
+    program = """
+        import os, signal, sys, time
+        def stop(number, frame):
+            os.write(1, f"saved {number}\\n".encode())
+            sys.exit(128 + number)
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        os.write(1, b"ready\\n")
+        time.sleep(100)
+    """
+    started = ranks(tmp_path, program)
+    assert started.stdout is not None
+    assert [started.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    started.send_signal(number)
+    output, _ = started.communicate(timeout=100)
+    assert started.returncode == 128 + number and output.count(f"saved {int(number)}") == 2

@@ -1,0 +1,200 @@
+"""Every image mode, every kind of damage, and tiles equal to transformers' CLIP processor bit for bit."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from neva.batch import ImageLayout
+from neva.data import image as module
+from neva.data.image import image_size, open_image, to_tiles
+
+ORIENTATION = 0x0112
+
+
+def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def saved(image: Image.Image, format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def pixel(image: Image.Image) -> tuple[int, int, int]:
+    return open_image(saved(image, "PNG")).getpixel((0, 0))
+
+
+def test_modes_become_rgb() -> None:
+    assert pixel(Image.new("RGB", (2, 2), (1, 2, 3))) == (1, 2, 3)
+    assert pixel(Image.new("L", (2, 2), 9)) == (9, 9, 9)
+    assert pixel(Image.new("1", (2, 2), 1)) == (255, 255, 255)
+    assert open_image(saved(Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "TIFF")).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_transparency_is_laid_over_white() -> None:
+    assert pixel(Image.new("RGBA", (2, 2), (10, 20, 30, 0))) == (255, 255, 255)
+    assert pixel(Image.new("RGBA", (2, 2), (10, 20, 30, 255))) == (10, 20, 30)
+    assert pixel(Image.new("RGBA", (2, 2), (0, 0, 0, 128))) == (127, 127, 127)
+    assert pixel(Image.new("LA", (2, 2), (0, 0))) == (255, 255, 255)
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 200, 0, 0])
+    assert pixel(palette) == (200, 0, 0)
+    assert open_image(saved(palette, "PNG", transparency=1)).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(saved(palette, "GIF", transparency=1)).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(saved(Image.new("RGB", (2, 2), (7, 8, 9)), "PNG", transparency=(7, 8, 9))).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("deep", "grey"), [(0, 0), (257, 1), (32768, 128), (65535, 255)])
+def test_deep_greys_are_scaled(deep: int, grey: int) -> None:
+    for image in (Image.fromarray(np.full((2, 2), deep, np.uint16)), Image.fromarray(np.full((2, 2), deep, np.int32))):
+        assert open_image(image).getpixel((0, 0)) == (grey,) * 3
+        assert open_image(saved(image, "TIFF")).getpixel((0, 0)) == (grey,) * 3
+    assert open_image(saved(Image.fromarray(np.full((2, 2), deep, np.uint16)), "PNG")).getpixel((0, 0)) == (grey,) * 3
+
+
+def test_floating_point_pixels_are_refused() -> None:
+    with pytest.raises(ValueError, match="floating-point"):
+        open_image(Image.new("F", (2, 2)))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(format: str, orientation: int) -> None:
+    """The size of the header is that of the decoded image, which stands as Pillow's own exif_transpose turns it."""
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = saved(Image.fromarray(noise(20, 12)), format, exif=exif)
+    image = open_image(data)
+    with Image.open(io.BytesIO(data)) as raw:
+        expected = ImageOps.exif_transpose(raw).convert("RGB")
+    assert image.size == image_size(data) == expected.size == ((12, 20) if orientation >= 5 else (20, 12))
+    assert image.tobytes() == expected.tobytes()
+
+
+def test_a_picture_is_a_path_bytes_or_an_image(tmp_path: Path) -> None:
+    image = Image.fromarray(noise(5, 3))
+    path = tmp_path / "a.png"
+    image.save(path)
+    for picture in (path, path.read_bytes(), image):
+        assert open_image(picture).tobytes() == image.tobytes() and image_size(picture) == (5, 3)
+
+
+def bomb() -> bytes:
+    """A PNG of 100 bytes that claims 12000 x 12000 pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 12000, 12000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_images_are_told(tmp_path: Path) -> None:
+    jpeg = saved(Image.fromarray(noise(64, 64)), "JPEG")
+    cases = {
+        "missing": (tmp_path / "no.png", "is missing"),
+        "folder": (tmp_path, "cannot be read"),
+        "empty": (b"", r"is empty \(0 bytes\)"),
+        "text": (b"hello, I am no image", "cannot be read"),
+        "bomb": (bomb(), "over the limit"),
+    }
+    for picture, message in cases.values():
+        for read in (open_image, image_size):
+            with pytest.raises(ValueError, match=message):
+                read(picture)
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ValueError, match=r"empty.png is empty"):
+        image_size(tmp_path / "empty.png")
+    assert image_size(jpeg[:-900]) == (64, 64)  # the header is whole
+    with pytest.raises(ValueError, match="truncated"):
+        open_image(jpeg[:-900])
+
+
+def test_a_far_larger_bomb_is_refused_by_pillow_with_the_same_kind_of_error() -> None:
+    data = bytearray(bomb())
+    data[16:24] = struct.pack(">II", 60000, 60000)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    with pytest.raises(ValueError, match="too large to decode"):
+        image_size(bytes(data))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_damaged_image_gives_a_value_error_or_pixels(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    format = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")[seed % 6]
+    data = bytearray(saved(Image.fromarray(noise(24, 24)), format))
+    for place in random.integers(0, len(data), 8):
+        data[place] = random.integers(256)
+    try:
+        assert open_image(bytes(data)).mode == "RGB"
+    except ValueError as error:
+        assert "image" in str(error)
+
+
+SIZES = [(40, 40), (64, 48), (48, 64), (33, 100), (101, 32), (300, 31), (7, 5), (1, 1), (224, 224), (225, 224), (97, 51)]
+
+
+def processor(tile: int) -> Callable[..., Any]:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    size, crop = {"shortest_edge": tile}, {"height": tile, "width": tile}
+    return CLIPImageProcessorPil(size=size, crop_size=crop, do_rescale=False, do_normalize=False)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_crop_equals_transformers(size: tuple[int, int]) -> None:
+    image = Image.fromarray(noise(*size))
+    for tile in (32, 56):
+        expected = processor(tile)(image, return_tensors="np")["pixel_values"]
+        assert np.array_equal(to_tiles(image, ImageLayout(tile=tile, tokens_per_tile=1, aspect="crop")).numpy(), expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pad_equals_llava(size: tuple[int, int]) -> None:
+    """LLaVA: the image in the middle of a square of colour int(255 * mean), offset (long - short) // 2, then CLIP's processor."""
+    pixels = noise(*size)
+    side, (width, height) = max(size), size
+    colour = [int(255 * mean) for mean in (0.48145466, 0.4578275, 0.40821073)]
+    square = np.broadcast_to(np.array(colour, np.uint8), (side, side, 3)).copy()
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = pixels
+    for tile in (32, 56):
+        expected = processor(tile)(Image.fromarray(square), return_tensors="np")["pixel_values"]
+        tiles = to_tiles(Image.fromarray(pixels), ImageLayout(tile=tile, tokens_per_tile=1))
+        assert tiles.dtype == torch.uint8 and np.array_equal(tiles.numpy(), expected)
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear", "lanczos", "nearest"])
+def test_square_resizes_both_sides(resample: str) -> None:
+    image = Image.fromarray(noise(50, 20))
+    expected = np.asarray(image.resize((16, 16), getattr(Image.Resampling, resample.upper()))).transpose(2, 0, 1)
+    assert np.array_equal(to_tiles(image, ImageLayout(tile=16, tokens_per_tile=1, aspect="square", resample=resample))[0].numpy(), expected)
+
+
+def test_a_tile_is_a_copy_that_may_be_written() -> None:
+    image = Image.fromarray(noise(16, 16))
+    tiles = to_tiles(image, ImageLayout(tile=16, tokens_per_tile=1))
+    tiles.zero_()
+    assert tiles.is_contiguous() and np.array_equal(np.asarray(image), noise(16, 16))
+
+
+@pytest.mark.parametrize(("aspect", "size"), [("pad", (20_000, 2)), ("crop", (3, 3_000_000))])
+def test_elongated_images_do_not_fill_the_memory(aspect: str, size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="too elongated"):
+        to_tiles(Image.new("RGB", size), ImageLayout(tile=336, tokens_per_tile=1, aspect=aspect))
+
+
+def test_the_limit_is_below_pillows_warning() -> None:
+    assert Image.MAX_IMAGE_PIXELS is not None and module.MAX_PIXELS <= Image.MAX_IMAGE_PIXELS
