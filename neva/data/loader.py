@@ -355,7 +355,8 @@ class Built:
 
 
 def _rebuilt(values: dict[str, Any], bad: list[Bad]) -> Built:
-    return Built(Batch(**{name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in values.items()}), bad)
+    restored: dict[str, Any] = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in values.items()}
+    return Built(Batch(**restored), bad)
 
 
 def build(desk: Desk, rows: Sequence[Sequence[Item]], any_tiles: bool) -> Built:

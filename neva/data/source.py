@@ -159,8 +159,8 @@ def _list_rows(data: bytes, path: Path) -> np.ndarray:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"the data file {path} is not UTF-8 ({error}): save it as UTF-8") from None
-    decoder, space, rows = json.JSONDecoder(), re.compile(r"[ \t\n\r]*"), []
-    position = space.match(text, 1 if text.startswith("\ufeff") else 0).end()
+    decoder, rows = json.JSONDecoder(), []
+    position = _after_space(text, 1 if text.startswith("\ufeff") else 0)
     if text[position : position + 1] != "[":
         raise ValueError(f"the data file {path} is not a list: {FORMAT}; a file with one object per line is called .jsonl")
     ascii = text.isascii()  # then characters are bytes
@@ -168,24 +168,30 @@ def _list_rows(data: bytes, path: Path) -> np.ndarray:
     if not ascii:
         byte = len(text[:position].encode())
     try:
-        position = space.match(text, position + 1).end()
-        while text[position : position + 1] != "]" or rows:
+        position = _after_space(text, position + 1)
+        while text[position : position + 1] != "]" or rows:  # at the top, a "]" behind rows means a comma before it: an error
             _, end = decoder.raw_decode(text, position)
             byte += (position - seen) if ascii else len(text[seen:position].encode())
             size = (end - position) if ascii else len(text[position:end].encode())
             rows.append((byte, byte + size, 0))
             byte, seen = byte + size, end
-            position = space.match(text, end).end()
+            position = _after_space(text, end)
             if text[position : position + 1] == "]":
                 break
             if text[position : position + 1] != ",":
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-            position = space.match(text, position + 1).end()
+            position = _after_space(text, position + 1)
         if text[position + 1 :].strip():
             raise json.JSONDecodeError("Extra data", text, position + 1)
     except json.JSONDecodeError as error:
         raise ValueError(f"the data file {path} is not JSON ({error}): repair it; a file with one object per line is called .jsonl") from None
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def _after_space(text: str, position: int) -> int:
+    """The first place from `position` on that is not JSON's white space."""
+    found = re.compile(r"[^ \t\n\r]").search(text, position)
+    return found.start() if found else len(text)
 
 
 def _turns(conversations: object) -> tuple[Turn, ...]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from neva.models.vlm import VLM, VLMConfig
+from neva.models.decoder import HEAD_KEPT
+from neva.models.vlm import VLM, VLMConfig, projector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ def forward_flops(config: VLMConfig, *, documents: Sequence[int], tiles: int, la
     pairs, tokens = sum(n * (n + 1) // 2 for n in documents), sum(documents)
     return Parts(
         vision=tiles * _vision_tile(config),
-        projector=2 * tiles * config.vision.tokens * _projector_weights(config),
+        projector=2 * tiles * config.vision.tokens * sum(_projector_weights(config)),
         decoder=config.decoder.layers * (2 * tokens * _decoder_layer_weights(config) + 4 * pairs * config.decoder.heads * config.decoder.head),
         head=2 * labelled * config.decoder.vocab * config.decoder.width,
     )
@@ -52,31 +53,32 @@ def forward_flops(config: VLMConfig, *, documents: Sequence[int], tiles: int, la
 def step_flops(
     config: VLMConfig, *, documents: Sequence[int], tiles: int, labelled: int, trained: frozenset[str], recompute: bool = False
 ) -> Parts:
-    """Operations of forward and backward.
+    """Operations of forward and backward of one micro-batch.
 
-    `trained` names the parts with a trained parameter. A part costs a forward; one more of the same where a gradient must flow
-    through it to a trained part before it; one more where its own weights are trained; the head one more for logits that its
-    backward computes again, and the decoder one more with `recompute`. Attention's backward computes its scores
-    again: 5 products for the forward's 2. What the trained parts do not need is not counted.
+    `trained` names the parts that are trained, each as a whole. A part costs a forward; one more of the same where a gradient
+    must flow through it to a trained part before it; one more where its own weights are trained; the head one more for
+    logits that are too many to keep for backward, and the decoder one more with `recompute`. Attention's backward computes its
+    scores again: 5 products for the forward's 2. What the trained parts do not need is not counted.
     """
     f = forward_flops(config, documents=documents, tiles=tiles, labelled=labelled)
-    pairs = sum(n * (n + 1) // 2 for n in documents)
-    scores = 4 * pairs * config.decoder.heads * config.decoder.head * config.decoder.layers
-    tile_scores = tiles * 4 * _vision_tokens(config) ** 2 * config.vision.width * config.vision.depth
     before_decoder = bool(trained & {"vision", "projector", "decoder"})
     decoder = f.decoder * (1 + recompute)
     if before_decoder:
+        pairs = sum(n * (n + 1) // 2 for n in documents)
+        scores = 4 * pairs * config.decoder.heads * config.decoder.head * config.decoder.layers
         decoder += (f.decoder - scores) * (1 + ("decoder" in trained)) + scores * 5 // 2
     vision = f.vision
     if "vision" in trained:  # the pixels need no gradient
+        scores = tiles * 4 * _vision_tokens(config) ** 2 * config.vision.width * config.vision.depth
         patch = tiles * 2 * config.vision.patches * 3 * config.vision.patch**2 * config.vision.width
-        vision += 2 * (f.vision - tile_scores - patch) + patch + tile_scores * 5 // 2
-    return Parts(
-        vision=vision,
-        projector=f.projector * (1 + ("projector" in trained) + ("vision" in trained)),
-        decoder=decoder,
-        head=f.head * (1 + (before_decoder or "head" in trained) + before_decoder + ("head" in trained)),
-    )
+        vision += 2 * (f.vision - scores - patch) + patch + scores * 5 // 2
+    bridge = f.projector * (1 + ("projector" in trained) + ("vision" in trained))
+    if "projector" in trained and "vision" not in trained:  # its first layer's input, and that alone, needs no gradient
+        weights = _projector_weights(config)
+        bridge += f.projector * sum(weights[1:]) // max(1, sum(weights))
+    again = bool(trained) and labelled * config.decoder.vocab > HEAD_KEPT
+    matrix = "decoder" if config.decoder.tied else "head"
+    return Parts(vision=vision, projector=bridge, decoder=decoder, head=f.head * (1 + again + bool(trained) + (matrix in trained)))
 
 
 def _vision_tokens(config: VLMConfig) -> int:
@@ -89,10 +91,11 @@ def _vision_tile(config: VLMConfig) -> int:
     return 2 * v.patches * 3 * v.patch**2 * v.width + v.depth * block
 
 
-def _projector_weights(config: VLMConfig) -> int:
+def _projector_weights(config: VLMConfig) -> list[int]:
+    """Size of each of the projector's matrices, first to last."""
     with torch.device("meta"):
-        projector = VLM(config).projector
-    return sum(p.numel() for p in projector.parameters() if p.ndim == 2)
+        module = projector(config.projector, config.vision.width, config.decoder.width)
+    return [p.numel() for p in module.parameters() if p.ndim == 2]
 
 
 def _decoder_layer_weights(config: VLMConfig) -> int:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from neva.batch import IGNORE
 from neva.models.layers import Attention, Documents, GatedMLP, PackedAttention, RMSNorm, rope_tables
 
-HEAD_CHUNK_BYTES = 64 * 2**20
-"""Most bytes of fp32 logits that the loss holds at a time."""
+HEAD_CHUNK = 2**23
+"""Most logits that the loss computes at a time: 32 MiB in fp32."""
+HEAD_KEPT = 2**25
+"""Most logits that the loss keeps for backward in place of computing them again: 1048 labelled tokens of a vocabulary of 32,000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,40 +114,50 @@ class Head(nn.Module):
 
 
 class LinearLoss(torch.autograd.Function):
-    """Cross-entropy of x @ weight.T in chunks of tokens, whose logits are computed again in backward.
+    """Cross-entropy of x @ weight.T in chunks of tokens.
 
-    Peak memory is one chunk of logits in place of all of them; the values are those of `F.cross_entropy`.
+    In place of the fp32 logits of all tokens and their gradient, memory holds one chunk of each. The exponentials of all
+    tokens are kept for backward in the dtype of x while they are few (`HEAD_KEPT`), else each chunk is computed again.
+    The values are those of `F.cross_entropy`.
     """
 
     @staticmethod
     def forward(ctx, x: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], targets: Int64[Tensor, " n"]) -> Float[Tensor, " n"]:
-        ctx.rows = max(1, HEAD_CHUNK_BYTES // (4 * weight.shape[0]))
-        losses, lses = [], []
+        ctx.rows = max(1, HEAD_CHUNK // weight.shape[0])
+        losses, kept = [], []
         for part, target in zip(x.split(ctx.rows), targets.split(ctx.rows), strict=True):
-            logits = (part @ weight.T).float()
-            lse = logits.logsumexp(-1)
-            chosen = logits.gather(-1, target.clamp_min(0)[:, None])[:, 0]
-            losses.append((lse - chosen).masked_fill(target == IGNORE, 0))
-            lses.append(lse)
-        empty = x.new_zeros(0, dtype=torch.float32)
-        ctx.save_for_backward(x, weight, targets, torch.cat([empty, *lses]))
-        return torch.cat([empty, *losses])
+            exponentials, total, chosen = _exponentials(part, weight, target)
+            losses.append((total.log() - chosen).masked_fill(target == IGNORE, 0))
+            if x.shape[0] * weight.shape[0] <= HEAD_KEPT:
+                kept += [exponentials.to(x.dtype), total]
+        ctx.save_for_backward(x, weight, targets, *kept)
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx, grad: Float[Tensor, " n"]):
-        x, weight, targets, lses = ctx.saved_tensors
+        x, weight, targets, *kept = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
-        grad_x = torch.zeros_like(x) if need_x else None
+        grad_x = torch.empty_like(x) if need_x else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        for start in range(0, x.shape[0], ctx.rows):
+        for number, start in enumerate(range(0, x.shape[0], ctx.rows)):
             at = slice(start, start + ctx.rows)
-            target, scale = targets[at], grad[at].masked_fill(targets[at] == IGNORE, 0)
-            p = (x[at] @ weight.T).float().sub_(lses[at, None]).exp_()
-            rows = torch.arange(p.shape[0], device=p.device)
-            p[rows, target.clamp_min(0)] -= 1
-            p = p.mul_(scale[:, None]).to(x.dtype)
+            part, target, scale = x[at], targets[at], grad[at].masked_fill(targets[at] == IGNORE, 0)
+            exponentials, total = kept[2 * number : 2 * number + 2] if kept else _exponentials(part, weight, target)[:2]
+            logits = (exponentials * (scale / total)[:, None]).to(x.dtype)  # their gradient: scale * (softmax - 1 at the target)
+            logits[torch.arange(part.shape[0], device=x.device), target.clamp_min(0)] -= scale.to(x.dtype)
             if need_x:
-                grad_x[at] = p @ weight
+                grad_x[at] = logits @ weight
             if need_weight:
-                grad_weight.addmm_(p.T, x[at]) if x.dtype == torch.float32 else grad_weight.add_(p.T @ x[at])
+                grad_weight.addmm_(logits.T, part) if x.dtype == torch.float32 else grad_weight.add_(logits.T @ part)
         return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None
+
+
+def _exponentials(
+    x: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], targets: Int64[Tensor, " n"]
+) -> tuple[Float[Tensor, "n v"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """exp(logit - largest logit) in fp32, their sum, and the target's logit - largest logit."""
+    logits = (x @ weight.T).float()
+    largest = logits.amax(-1, keepdim=True)
+    chosen = logits.gather(-1, targets.clamp_min(0)[:, None]) - largest
+    exponentials = logits.sub_(largest).exp_()
+    return exponentials, exponentials.sum(-1), chosen[:, 0]

@@ -382,9 +382,9 @@ if __name__ == "__main__":
     next(loader)
     # The workers are children of the forkserver, which is one of ours.
     workers = [w for c in children() for w in Path(f"/proc/{c}/task/{c}/children").read_text().split()]
-    print(*workers, flush=True)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print(*workers, flush=True)
     for line in sys.stdin:
         try:
             next(loader)
