@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from neva import config as tree
@@ -14,6 +15,7 @@ from neva.evaluate import run as evaluation
 from neva.infer.generate import Loaded, Sampling, load
 from neva.infer.generate import generate as generate_batch
 from neva.job import NAMED, TrainConfig
+from neva.parallel import mesh as ranks
 from neva.recipes.resolve import make_data, resolve
 from neva.training import loop
 from neva.training.stage import frozen_changed
@@ -73,7 +75,8 @@ def generate(
         raise ValueError("give a prompt, or data: a LLaVA-format file")
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
-        for sample, answer in zip(part, generate_batch(loaded, part, chosen), strict=True):
+        own = replace(chosen, seed=chosen.seed + start)  # a sample's stream does not depend on the batch size
+        for sample, answer in zip(part, generate_batch(loaded, part, own), strict=True):
             truth = {"truth": sample.turns[-1].text} if sample.turns[-1].role == "assistant" else {}
             yield {"id": sample.id, "text": answer.text, "finish": answer.finish, "tokens": len(answer.tokens), **truth}
 
@@ -96,8 +99,10 @@ def evaluate(
 
 
 def _score(config: TrainConfig, checkpoint: Path) -> dict[str, float]:
-    """The loop's evaluation: accuracy per kind on the stage's held-out file."""
-    return evaluate(checkpoint, data=config.evaluate.source, image_folder=config.evaluate.image_folder)["accuracy"]
+    """The loop's evaluation: accuracy per kind on the stage's held-out file. Each rank asks its share of the questions."""
+    source = LlavaSource(config.evaluate.source, config.evaluate.image_folder)
+    judged = evaluation.evaluate(load(checkpoint), source, rank=ranks.rank(), world=ranks.world())
+    return evaluation.accuracy([j for part in ranks.share(judged) for j in part])
 
 
 def demo(*, out: str = "runs/demo", overrides: Sequence[str] = (), say: Callable[[str], None] = print) -> dict:
@@ -118,7 +123,7 @@ def demo(*, out: str = "runs/demo", overrides: Sequence[str] = (), say: Callable
         "accuracy": evaluation.accuracy(judged),
         "baselines": evaluation.best_blind(judged),
         "blank_image": evaluation.accuracy(blank),
-        "held_out_images": len({picture for j in judged for picture in j.question.sample.images}),
+        "held_out_images": len({str(picture) for j in judged for picture in j.question.sample.images}),
         "seconds": before + time.monotonic() - started,
         "stages": [_stage_row(stages, number, lines) for number in range(len(stages))],
     }

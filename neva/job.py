@@ -115,7 +115,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """Where a stage's weights come from; empty: the stage before, or fresh ones for the first."""
+    """Where a stage's weights come from; empty, or equal to the `init` of the stage before: that stage, or fresh ones for the first."""
 
     model: str = ""
     """A neva checkpoint (a `step_N` folder or a run folder) to start from."""
@@ -155,6 +155,7 @@ class EvaluateConfig:
     every: int = 0
     """Steps between evaluations, each after a checkpoint; 0 for none."""
     source: str = ""
+    """A LLaVA-format file. `{out}` stands for the run folder."""
     image_folder: str = ""
 
 

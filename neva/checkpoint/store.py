@@ -399,6 +399,15 @@ def _retain(checkpoints: Path, *, newest: Path, keep_last: int, keep_every: int)
             warnings.warn(f"Old checkpoint {folder} could not be removed: {error}. Delete it by hand.", stacklevel=2)
 
 
+def set_newer_aside(step_folder: Path) -> list[str]:
+    """Rename the run's checkpoints of later steps (`.replaced` or `.corrupt`): a run that goes on from this one makes them anew.
+
+    Local. Gives a message for each.
+    """
+    folder = Path(step_folder)
+    return [_move_aside(newer) for newer in published(folder.parent) if step_of(newer) > step_of(folder)]
+
+
 # Reading and checking.
 
 

@@ -20,7 +20,10 @@ FORMAT = "expected the LLaVA format, [{id, image, conversations: [{from, value}]
 class Source(Protocol):
     """What the loader reads. Must be picklable: each worker process gets a copy."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What errors and reports call it."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import jinja2
 
 from neva.data.image import open_image
+from neva.data.sample import Picture
 from neva.evaluate.run import Judged
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
-WIDTH, HEIGHT, LEFT, BOTTOM = 560, 240, 44, 26
+WIDTH, HEIGHT, LEFT, BOTTOM = 524, 240, 44, 26
 """Size of a plot, and room for its axes' numbers, in pixels."""
 
 
@@ -115,7 +116,7 @@ def write(path: Path, *, report: dict, plots: Sequence[Plot], shown: Sequence[Ju
     part.replace(path)
 
 
-def _data_url(picture: object) -> str:
+def _data_url(picture: Picture) -> str:
     buffer = io.BytesIO()
     open_image(picture).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

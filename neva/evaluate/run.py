@@ -8,7 +8,7 @@ from PIL import Image
 
 from neva.data.image import image_size
 from neva.data.sample import MARKER, Sample
-from neva.data.source import LlavaSource, MockSource
+from neva.data.source import Source
 from neva.evaluate.score import exact_match
 from neva.infer.generate import Answer, Loaded, Sampling, generate
 
@@ -31,7 +31,7 @@ class Judged:
     right: bool
 
 
-def questions(source: LlavaSource | MockSource) -> Iterator[Question]:
+def questions(source: Source) -> Iterator[Question]:
     """Every assistant turn of every sample; the turns before it, true answers included, are its prompt."""
     for index in range(len(source)):
         sample = source[index]
@@ -54,14 +54,16 @@ def answer_in_batches(loaded: Loaded, samples: Sequence[Sample], sampling: Sampl
 
 def evaluate(
     loaded: Loaded,
-    source: LlavaSource | MockSource,
+    source: Source,
     *,
     sampling: Sampling | None = None,
     batch_size: int = 32,
     score: Callable[[str, str], bool] = exact_match,
+    rank: int = 0,
+    world: int = 1,
 ) -> list[Judged]:
-    """Ask every question of the source and judge each answer."""
-    asked = list(questions(source))
+    """Ask every question of the source, or every `world`-th from number `rank` on, and judge each answer."""
+    asked = list(questions(source))[rank::world]
     answers = answer_in_batches(loaded, [q.sample for q in asked], sampling or Sampling(max_new_tokens=32), batch_size=batch_size)
     return [Judged(question=q, answer=a, right=score(a.text, q.truth)) for q, a in zip(asked, answers, strict=True)]
 
@@ -83,9 +85,9 @@ def best_blind(judged: Sequence[Judged]) -> dict[str, float]:
 
 
 class Blanked:
-    """A source whose images are grey: what a model scores on it, it does without looking."""
+    """A source whose images are black: what a model scores on it, it does without looking."""
 
-    def __init__(self, source: LlavaSource | MockSource):
+    def __init__(self, source: Source):
         self.source, self.name = source, source.name
 
     def __len__(self) -> int:
@@ -93,4 +95,4 @@ class Blanked:
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.source[index]
-        return replace(sample, images=tuple(Image.new("RGB", image_size(picture), (127, 127, 127)) for picture in sample.images))
+        return replace(sample, images=tuple(Image.new("RGB", image_size(picture), (0, 0, 0)) for picture in sample.images))

@@ -102,7 +102,8 @@ def generate_encoded(loaded: Loaded, prompts: Sequence[Encoded], sampling: Sampl
     limit = loaded.model.config.decoder.max_positions
     for prompt in prompts:
         if len(prompt.tokens) >= limit:
-            raise ValueError(f"sample {'/'.join(prompt.key)}: its prompt has {len(prompt.tokens)} tokens but the model's positions end at {limit}; shorten it.")
+            has = f"its prompt has {len(prompt.tokens)} tokens"
+            raise ValueError(f"sample '{prompt.key[1]}' of '{prompt.key[0]}': {has} but the model's positions end at {limit}: shorten it")
     requests = [_Request(loaded, sampling, number, room=limit - len(p.tokens)) for number, p in enumerate(prompts)]
     lengths = torch.tensor([len(p.tokens) for p in prompts])
     batch = _prefill_batch(loaded, prompts)

@@ -32,7 +32,7 @@ def parameters(config: VLMConfig) -> Parts:
     """Parameters of each part. The learned image vectors count as projector, a tied head's matrix as decoder."""
     with torch.device("meta"):
         model = VLM(config)
-    counts = dict.fromkeys(("vision", "projector", "decoder", "head"), 0)
+    counts: dict[str, int] = dict.fromkeys(("vision", "projector", "decoder", "head"), 0)
     for name, parameter in model.named_parameters():
         part = name.split(".", 1)[0]
         counts["projector" if part == "image_vectors" else part] += parameter.numel()
@@ -50,9 +50,7 @@ def forward_flops(config: VLMConfig, *, documents: Sequence[int], tiles: int, la
     )
 
 
-def step_flops(
-    config: VLMConfig, *, documents: Sequence[int], tiles: int, labelled: int, trained: frozenset[str], recompute: bool = False
-) -> Parts:
+def step_flops(config: VLMConfig, *, documents: Sequence[int], tiles: int, labelled: int, trained: frozenset[str], recompute: bool = False) -> Parts:
     """Operations of forward and backward of one micro-batch.
 
     `trained` names the parts that are trained, each as a whole. A part costs a forward; one more of the same where a gradient

@@ -107,6 +107,7 @@ class Head(nn.Module):
         `tied` is the embedding's matrix [v, d] where the head has none of its own.
         """
         weight = tied if self.weight is None else self.weight
+        assert weight is not None, "a tied head is given the embedding's matrix"
         x = self.norm(x)
         if targets is None:
             return F.linear(x, weight)
@@ -145,9 +146,9 @@ class LinearLoss(torch.autograd.Function):
             exponentials, total = kept[2 * number : 2 * number + 2] if kept else _exponentials(part, weight, target)[:2]
             logits = (exponentials * (scale / total)[:, None]).to(x.dtype)  # their gradient: scale * (softmax - 1 at the target)
             logits[torch.arange(part.shape[0], device=x.device), target.clamp_min(0)] -= scale.to(x.dtype)
-            if need_x:
+            if grad_x is not None:
                 grad_x[at] = logits @ weight
-            if need_weight:
+            if grad_weight is not None:
                 grad_weight.addmm_(logits.T, part) if x.dtype == torch.float32 else grad_weight.add_(logits.T @ part)
         return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None
 

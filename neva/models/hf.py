@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from neva.models.decoder import DecoderConfig
-from neva.models.vit import VisionConfig
+from neva.models.vit import Feature, VisionConfig
 from neva.models.vlm import VLMConfig
 
 LLAMA: dict[str, str] = {
@@ -106,6 +106,9 @@ CLIP_DEFAULTS = {
 
 LLAVA_DEFAULTS = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 
+FEATURES: dict[str, Feature] = {"default": "patch", "full": "cls_patch"}
+"""transformers' strategy -> ours."""
+
 
 def _must(config: Mapping, **legal: object) -> None:
     """ValueError where a field says something that our model does not compute."""
@@ -135,7 +138,7 @@ def decoder_config(config: Mapping) -> DecoderConfig:
     )
 
 
-def vision_config(config: Mapping, *, select_layer: int = -2, feature: str = "patch") -> VisionConfig:
+def vision_config(config: Mapping, *, select_layer: int = -2, feature: Feature = "patch") -> VisionConfig:
     """Ours from the config.json of a CLIP vision model, or of a whole CLIP."""
     c = {**CLIP_DEFAULTS, **config.get("vision_config", config)}
     return VisionConfig(
@@ -159,9 +162,8 @@ def llava_config(config: Mapping) -> VLMConfig:
     _must(c["vision_config"], model_type="clip_vision_model")
     if not isinstance(c["vision_feature_layer"], int):
         raise ValueError(f"config.json says vision_feature_layer={c['vision_feature_layer']}; one layer can be read, not several joined.")
-    feature = {"default": "patch", "full": "cls_patch"}[c["vision_feature_select_strategy"]]
     return VLMConfig(
         decoder=decoder_config({"tie_word_embeddings": c.get("tie_word_embeddings", False), **c["text_config"]}),
-        vision=vision_config(c["vision_config"], select_layer=c["vision_feature_layer"], feature=feature),
+        vision=vision_config(c["vision_config"], select_layer=c["vision_feature_layer"], feature=FEATURES[c["vision_feature_select_strategy"]]),
         projector="mlp2x_gelu",
     )

@@ -7,13 +7,18 @@ d1 document bounds, r requests, m slots of a cache row.
 import inspect
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from neva.batch import Batch
+
+# torch 2.11 spells the causal window `is_causal`.
+_CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters else {"is_causal": True}
 
 
 def rope_tables(positions: Int64[Tensor, "b s"], width: int, theta: float) -> tuple[Float[Tensor, "b s 1 e"], Float[Tensor, "b s 1 e"]]:
@@ -200,14 +205,13 @@ def _attend_cache(q: Float[Tensor, "r 1 h e"], cache: Cache, layer: int) -> Floa
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Documents) -> Tensor:
-    """Flash attention over documents on CUDA. torch 2.11 spells the causal window `is_causal`."""
-    from torch.nn.attention import varlen
-
+    """Flash attention over documents on CUDA: [t, h, e] -> [t, h, e]."""
     share = q.shape[1] // k.shape[1]
     if share > 1:
         k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
-    causal = {"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen.varlen_attn).parameters else {"is_causal": True}
-    return varlen.varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len, **causal)
+    out = varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len, **_CAUSAL)
+    assert isinstance(out, Tensor)
+    return out
 
 
 class RMSNorm(nn.Module):

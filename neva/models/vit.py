@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from neva.models.layers import MLP, Attention, FullAttention
 
+Feature = Literal["patch", "cls_patch"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
@@ -30,7 +32,7 @@ class VisionConfig:
     eps: float = 1e-5
     class_token: bool = True
     """Is there a learned token before the patches?"""
-    feature: Literal["patch", "cls_patch"] = "patch"
+    feature: Feature = "patch"
     """Drop the class token from the features, or keep it."""
     pre_norm: bool = True
     """A LayerNorm between the embeddings and the first block."""

@@ -46,11 +46,13 @@ class VLMConfig:
     """A learned vector on either side of an image's features."""
 
     def __post_init__(self):
-        projector(self.projector, self.vision.width, self.decoder.width, check_only=True)
+        with torch.device("meta"):  # for its errors
+            projector(self.projector, self.vision.width, self.decoder.width)
 
     @property
     def layout(self) -> ImageLayout:
         """What data must know about vision."""
+        red, green, blue = (int(255 * x) for x in self.vision.mean)
         return ImageLayout(
             tile=self.vision.image,
             tokens_per_tile=self.vision.tokens,
@@ -59,7 +61,7 @@ class VLMConfig:
             resample=self.image.resample,
             image_prefix=self.image.prefix,
             image_suffix=self.image.suffix,
-            pad_colour=tuple(int(255 * x) for x in self.vision.mean),
+            pad_colour=(red, green, blue),
         )
 
 
@@ -78,14 +80,14 @@ PROJECTORS: dict[str, Callable[[re.Match, int, int], nn.Module]] = {
 """Pattern of a projector's name -> the module that maps features [n, p, width] to [n, p, out]."""
 
 
-def projector(name: str, width: int, out: int, *, check_only: bool = False) -> nn.Module | None:
+def projector(name: str, width: int, out: int) -> nn.Module:
     """The projector of this name. ValueError for an unknown name, or where `identity` meets two widths."""
     for pattern, make in PROJECTORS.items():
         match = re.fullmatch(pattern, name)
         if match:
             if name == "identity" and width != out:
                 raise ValueError(f"projector=identity needs vision.width={width} equal to decoder.width={out}; use linear or mlp2x_gelu.")
-            return None if check_only else make(match, width, out)
+            return make(match, width, out)
     raise ValueError(f"projector={name!r} is unknown; there are identity, linear and mlpNx_gelu (mlp2x_gelu is LLaVA-1.5's).")
 
 

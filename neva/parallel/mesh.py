@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
@@ -26,7 +27,7 @@ def start() -> torch.device:
     """
     cuda = torch.cuda.is_available()
     launched = dist.is_torchelastic_launched()
-    device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0)) if cuda else torch.device("cpu")
+    device = torch.device("cuda", distributed_c10d.get_node_local_rank(fallback_rank=0)) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -35,7 +36,7 @@ def start() -> torch.device:
         if launched:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # pyright: ignore[reportPrivateImportUsage]
     return device
 
 
@@ -78,8 +79,8 @@ def share(item: object) -> list:
     return items
 
 
-def total(values: list[float]) -> list[float]:
-    """Each value summed over the ranks, in float64 on the CPU."""
-    tensor = torch.tensor(values, dtype=torch.float64)
+def total(count: int) -> int:
+    """The sum of the ranks' counts."""
+    tensor = torch.tensor(count)
     dist.all_reduce(tensor)
-    return tensor.tolist()
+    return int(tensor)

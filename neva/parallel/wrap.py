@@ -84,6 +84,7 @@ def fill(model: nn.Module, device: torch.device, value: Callable[[str, torch.Siz
     with torch.no_grad():
         for name, parameter in logical_parameters(model):
             whole = value(name, parameter.shape).to(device, parameter.dtype)
+            assert isinstance(parameter, DTensor), "parallelize comes before"
             parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
 
 

@@ -11,10 +11,22 @@ from neva.models.vlm import ImageConfig, VLMConfig
 TOKENIZER = str(Path(__file__).with_name("tokenizer"))
 """A byte-level tokenizer of 512 tokens: any text can be written with it."""
 
+GREY, SPREAD = 0.1307, 0.3081
+"""Mean and deviation of the digits' pixels."""
+
 MODEL = VLMConfig(
     decoder=DecoderConfig(vocab=512, width=128, layers=4, heads=4, kv_heads=2, ffn=352, max_positions=1024, tied=True),
     vision=VisionConfig(
-        image=28, patch=4, width=128, layers=4, heads=4, ffn=384, activation="gelu", select_layer=-1, mean=(0.1307,) * 3, std=(0.3081,) * 3
+        image=28,
+        patch=4,
+        width=128,
+        layers=4,
+        heads=4,
+        ffn=384,
+        activation="gelu",
+        select_layer=-1,
+        mean=(GREY, GREY, GREY),
+        std=(SPREAD, SPREAD, SPREAD),
     ),
     projector="mlp2x_gelu",
     image=ImageConfig(aspect="square"),

@@ -12,13 +12,15 @@ import numpy as np
 from PIL import Image
 
 HELD_OUT = 1200
-"""Images that no training sample shows."""
+"""Digits that no training sample shows."""
+COPIES = 3
+"""Pictures of each training digit: as it is, and slightly turned, scaled and shifted, since 8,800 are few to learn to see from."""
 
 WHAT = ("Which digit is this?", "What digit is shown?", "What number do you see?", "Read the digit.", "Name this digit.")
 EVEN = ("Is it even?", "Is this digit even?", "Is this an even number?", "Is the number shown even?")
-LARGER = ("Which is larger?", "Which of the two digits is larger?", "Name the larger digit.", "What is the larger number?")
+LARGER = ("Which is larger?", "Which of the two digits is larger?", "Which one is the larger digit?", "Which number is larger?")
 EVEN_TEXT = ("Is {a} even?", "Is {a} an even number?")
-LARGER_TEXT = ("Which is larger, {a} or {b}?", "Name the larger of {a} and {b}.")
+LARGER_TEXT = ("{a} and {b}: which is larger?", "{a} {b} Which number is larger?")
 
 
 def archive() -> Path:
@@ -41,12 +43,15 @@ def write(folder: Path) -> None:
         images, labels = packed["images"], packed["labels"]
     part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     (part / "images").mkdir(parents=True)
-    for number, pixels in enumerate(images):
-        Image.fromarray(pixels).save(part / _picture(number))
     order = np.random.default_rng(0).permutation(len(labels))
     held_out, shown = order[:HELD_OUT], order[HELD_OUT:]
+    for number in held_out:
+        Image.fromarray(images[number]).save(part / "images" / _picture(number), compress_level=1)
+    for number in shown:
+        for copy in range(COPIES):
+            _varied(images[number], number, copy).save(part / "images" / _picture(number, copy), compress_level=1)
     for name, rows in (("captions", _captions(shown, labels)), ("train", _train(shown, labels)), ("heldout", _held_out(held_out, labels))):
-        (part / f"{name}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
+        (part / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
     try:
         part.rename(folder)
     except OSError:
@@ -55,59 +60,76 @@ def write(folder: Path) -> None:
         shutil.rmtree(part)  # another process was first, with the same bytes
 
 
-def _picture(number: int) -> str:
-    return f"images/{number:05d}.png"
+def _picture(number: int, copy: int = 0) -> str:
+    return f"{number:05d}{'abcdefgh'[copy - 1] if copy else ''}.png"
 
 
-def _sample(kind: str, id: str, images: list[int], *turns: str) -> dict:
+def _varied(pixels: np.ndarray, number: int, copy: int) -> Image.Image:
+    """Copy 0 is the digit itself; the others are turned by up to 12 degrees, scaled by up to 10 % and shifted by up to 2 pixels."""
+    image = Image.fromarray(pixels)
+    if copy == 0:
+        return image
+    turn, scale, right, down = np.random.default_rng([number, copy]).uniform((-12, 0.9, -2, -2), (12, 1.1, 2, 2))
+    side, angle = len(pixels) / 2 - 0.5, np.deg2rad(turn)
+    a, b = np.cos(angle) / scale, np.sin(angle) / scale
+    matrix = (a, b, side - a * (side + right) - b * (side + down), -b, a, side + b * (side + right) - a * (side + down))
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+
+
+def _sample(kind: str, id: str, images: list[str], *turns: str) -> dict:
     """A LLaVA row; the first question gets a marker per image."""
     values = ["<image>\n" * len(images) + turns[0], *turns[1:]]
     row = {"id": id, "kind": kind, "conversations": [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]}
-    names = [Path(_picture(number)).name for number in images]
-    return row | ({"image": names[0] if len(names) == 1 else names} if names else {})
+    return row | ({"image": images[0] if len(images) == 1 else images} if images else {})
 
 
 def _yes(even: bool) -> str:
     return "yes" if even else "no"
 
 
+def _larger(first: int, second: int) -> str:
+    return "first" if first > second else "second"
+
+
 def _captions(shown: np.ndarray, labels: np.ndarray) -> list[dict]:
-    """Every training image with its digit: what the first stage reads."""
-    return [_sample("what_is_it", f"caption-{n}", [int(n)], "", str(labels[n])) for n in shown]
+    """Every training digit with its name: what the first stage reads."""
+    return [_sample("what_is_it", f"caption-{n}", [_picture(n)], "", str(labels[n])) for n in shown]
 
 
 def _train(shown: np.ndarray, labels: np.ndarray) -> list[dict]:
-    """A conversation about each training image, a comparison for each, and some questions without an image."""
+    """A conversation about each training picture, as many comparisons, and some questions without an image."""
     random, rows = np.random.default_rng(1), []
-    for place, n in enumerate(shown):
-        digit, even = str(labels[n]), _yes(labels[n] % 2 == 0)
-        what, parity = str(random.choice(WHAT)), str(random.choice(EVEN))
-        turns = ((what, digit), (what, digit, parity, even), (parity, even, what, digit), (parity, even))[place % 4]
-        rows.append(_sample("what_is_it" if place % 4 < 2 else "even", f"digit-{n}", [int(n)], *turns))
-    for place in range(len(shown)):
-        rows.append(_pair(f"pair-{place}", shown, labels, random))
-    for place in range(len(shown) // 12):
+    for copy in range(COPIES):
+        for place, n in enumerate(shown):
+            digit, even = str(labels[n]), _yes(labels[n] % 2 == 0)
+            what, parity = str(random.choice(WHAT)), str(random.choice(EVEN))
+            form = (place + copy) % 4
+            turns = ((what, digit), (what, digit, parity, even), (parity, even, what, digit), (parity, even))[form]
+            rows.append(_sample("what_is_it" if form < 2 else "even", f"digit-{n}-{copy}", [_picture(n, copy)], *turns))
+            rows.append(_pair(f"pair-{n}-{copy}", shown, labels, random, copies=COPIES))
+    for place in range(len(shown) // 4):
         a, b = (int(x) for x in random.choice(10, 2, replace=False))
         if place % 2:
             rows.append(_sample("even", f"text-{place}", [], str(random.choice(EVEN_TEXT)).format(a=a), _yes(a % 2 == 0)))
         else:
-            rows.append(_sample("larger", f"text-{place}", [], str(random.choice(LARGER_TEXT)).format(a=a, b=b), str(max(a, b))))
+            rows.append(_sample("larger", f"text-{place}", [], str(random.choice(LARGER_TEXT)).format(a=a, b=b), _larger(a, b)))
     return rows
 
 
-def _pair(id: str, among: np.ndarray, labels: np.ndarray, random: np.random.Generator) -> dict:
-    """Two images of different digits and the question which is larger."""
+def _pair(id: str, among: np.ndarray, labels: np.ndarray, random: np.random.Generator, *, copies: int = 1) -> dict:
+    """Two pictures of different digits and the question which is larger."""
     while True:
-        first, second = (int(n) for n in random.choice(among, 2))
+        first, second = (int(n) for n in among[random.integers(0, len(among), 2)])
         if labels[first] != labels[second]:
-            return _sample("larger", id, [first, second], str(random.choice(LARGER)), str(max(labels[first], labels[second])))
+            pictures = [_picture(n, int(random.integers(copies))) for n in (first, second)]
+            return _sample("larger", id, pictures, str(random.choice(LARGER)), _larger(labels[first], labels[second]))
 
 
 def _held_out(held_out: np.ndarray, labels: np.ndarray) -> list[dict]:
-    """One question of each kind for each held-out image."""
+    """One question of each kind for each held-out digit."""
     random, rows = np.random.default_rng(2), []
-    for place, n in enumerate(held_out):
-        rows.append(_sample("what_is_it", f"what-{n}", [int(n)], str(random.choice(WHAT)), str(labels[n])))
-        rows.append(_sample("even", f"even-{n}", [int(n)], str(random.choice(EVEN)), _yes(labels[n] % 2 == 0)))
-        rows.append(_pair(f"larger-{place}", held_out, labels, random))
+    for n in held_out:
+        rows.append(_sample("what_is_it", f"what-{n}", [_picture(n)], str(random.choice(WHAT)), str(labels[n])))
+        rows.append(_sample("even", f"even-{n}", [_picture(n)], str(random.choice(EVEN)), _yes(labels[n] % 2 == 0)))
+        rows.append(_pair(f"larger-{n}", held_out, labels, random))
     return rows

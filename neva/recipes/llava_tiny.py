@@ -16,7 +16,7 @@ def llava_tiny() -> tuple[TrainConfig, ...]:
         name="pretrain",
         model=VLMS["llava-tiny"],
         trainable=("projector.*",),
-        data=DataConfig(sources=(SourceConfig(mock=MockConfig(samples=400)),), tokenizer=TOKENIZER, template="plain", workers=0),
+        data=DataConfig(sources=(SourceConfig(mock=MockConfig(samples=400, words=(5, 50))),), tokenizer=TOKENIZER, template="plain", workers=0),
         batch=BatchConfig(seq_length=512, rows=4, micro_rows=1),
         optim=OptimConfig(lr=1e-3),
         steps=20,

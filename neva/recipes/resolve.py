@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 from neva.config import nearest
@@ -11,6 +12,13 @@ from neva.recipes import digits
 
 MAKERS: dict[str, Callable[[Path], None]] = {"digits": digits.write}
 """`SourceConfig.make` -> the function that writes a data set into a folder."""
+
+
+LEAST: dict[str, float] = {
+    "steps": 1, "seed": 0, "optim.lr": 0, "optim.min_lr": 0, "optim.warmup": 0, "optim.weight_decay": 0, "optim.clip": 0,
+    "checkpoint.every": 0, "checkpoint.keep_last": 0, "checkpoint.keep_every": 0, "log.every": 0, "evaluate.every": 0,
+}  # fmt: skip
+"""Key of a stage -> its least value."""
 
 
 def resolve(stages: tuple[TrainConfig, ...]) -> tuple[TrainConfig, ...]:
@@ -48,14 +56,21 @@ def _stage(stage: TrainConfig) -> TrainConfig:
             raise ValueError("there is no data; name a LLaVA-format file: data.source=FILE data.image_folder=FOLDER")
         for source in data.blend:
             _check_files(source)
+        if stage.evaluate.every and not stage.evaluate.source:
+            raise ValueError("evaluate.every is set but evaluate.source is not; name a LLaVA-format file of held-out samples: evaluate.source=FILE")
         _check_sizes(stage)
     except ValueError as error:
         raise ValueError(f"stage {stage.name}: {error}") from None
-    return replace(stage, data=data)
+    held_out = replace(stage.evaluate, source=_within(stage.evaluate.source, stage.out), image_folder=_within(stage.evaluate.image_folder, stage.out))
+    return replace(stage, data=data, evaluate=held_out)
 
 
 def _place(source: SourceConfig, out: str) -> SourceConfig:
-    return replace(source, path=source.path.replace("{out}", out), image_folder=source.image_folder.replace("{out}", out))
+    return replace(source, path=_within(source.path, out), image_folder=_within(source.image_folder, out))
+
+
+def _within(path: str, out: str) -> str:
+    return path.replace("{out}", out)
 
 
 def _check_files(source: SourceConfig) -> None:
@@ -78,9 +93,11 @@ def _check_sizes(stage: TrainConfig) -> None:
     if size > decoder.vocab:
         raise ValueError(f"the tokenizer has {size} tokens but model.decoder.vocab={decoder.vocab}; set model.decoder.vocab={size} or more")
     if stage.batch.seq_length > decoder.max_positions:
-        raise ValueError(f"batch.seq_length={stage.batch.seq_length} is beyond model.decoder.max_positions={decoder.max_positions}; lower the one or raise the other")
+        limit = f"model.decoder.max_positions={decoder.max_positions}"
+        raise ValueError(f"batch.seq_length={stage.batch.seq_length} is beyond {limit}; lower the one or raise the other")
     if stage.model.layout.tokens_per_image >= stage.batch.seq_length:
         raise ValueError(f"an image takes {stage.model.layout.tokens_per_image} tokens, all of batch.seq_length={stage.batch.seq_length}; raise it")
-    for key, least in (("steps", 1), ("seed", 0)):
-        if getattr(stage, key) < least:
-            raise ValueError(f"{key}={getattr(stage, key)} must be at least {least}")
+    for key, least in LEAST.items():
+        value = attrgetter(key)(stage)
+        if value < least:
+            raise ValueError(f"{key}={value} must be at least {least}")

@@ -16,14 +16,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from neva import config as tree
 from neva.checkpoint import store
-from neva.job import TrainConfig
+from neva.job import InitConfig, TrainConfig
 from neva.parallel import mesh as ranks
 from neva.training.metrics import Reporter, cut_back
-from neva.training.stage import Stage, prepare, restore, save, train_step
+from neva.training.stage import Stage, check, prepare, save, train_step
 
 Say = Callable[[str], None]
 Evaluate = Callable[[TrainConfig, Path], dict[str, float]]
-"""Scores a checkpoint folder on the stage's held-out samples."""
+"""Scores a checkpoint folder on the stage's held-out samples; called by every rank."""
 
 
 class Stopped(Exception):
@@ -72,8 +72,13 @@ def train(stages: tuple[TrainConfig, ...], *, resume: str = "", on_evaluate: Eva
             say = _silent
         stages = with_precision(stages, say)
         with _Signals() as signals:
-            begin = _open_run(stages, resume, say)
-            return _run(stages, resume=begin, on_evaluate=on_evaluate, run=_Run(mesh=mesh, device=device, signals=signals, say=say))
+            found = _find(stages, resume, say)
+            for config in stages[_position(stages, found)[0] :]:
+                check(config, world=mesh.size())
+            run = _Run(mesh=mesh, device=device, signals=signals, say=say, rewind=resume not in ("", "auto"))
+            if found is None:
+                _open_run(stages, None, run)
+            return _run(stages, found=found, on_evaluate=on_evaluate, run=run)
     finally:
         ranks.stop()
 
@@ -88,55 +93,83 @@ class _Run:
     device: torch.device
     signals: _Signals
     say: Say
+    rewind: bool
+    """Set checkpoints aside that are newer than the one to go on from? A later `--resume auto` would go on from them."""
 
 
-def _open_run(stages: tuple[TrainConfig, ...], resume: str, say: Say) -> Path | None:
-    """Make the run folder, or find the checkpoint to go on from; writes config.yaml. Every rank gets the same answer or error."""
+def _find(stages: tuple[TrainConfig, ...], resume: str, say: Say) -> Path | None:
+    """The checkpoint to go on from; None for a new start. Writes nothing. ValueError where the run folder holds another run."""
     out = Path(stages[0].out)
-    problem = ""
-    if ranks.rank() == 0:
-        try:
-            if not resume and (out / "metrics.jsonl").exists() or not resume and (out / "checkpoints").exists():
-                raise ValueError(f"{out} holds a run already. Go on with it: --resume auto. Or start another: out=FOLDER.")
-            out.mkdir(parents=True, exist_ok=True)
-            tree.save(stages, out / "config.yaml")
-        except (OSError, ValueError) as error:
-            problem = str(error) if isinstance(error, ValueError) else f"Cannot write to the run folder {out}: {error}. Choose another with out=FOLDER."
-    if problem := ranks.share(problem)[0]:
-        raise ValueError(problem)
+    holds = ranks.share((out / "metrics.jsonl").exists() or (out / "checkpoints").exists())[0]
     if not resume:
+        if holds:
+            raise ValueError(f"{out} holds a run already. Go on with it: --resume auto. Or start another: out=FOLDER.")
         return None
-    found = store.newest_good(out, warn=say) if resume == "auto" else store.open_checkpoint(Path(resume)).folder
-    if found is None:
-        say(f"{out} has no checkpoint: starting fresh.")
-    if ranks.rank() == 0:
-        cut_back(out / "metrics.jsonl", store.load_config(found)["step"] if found else 0)
+    if resume == "auto":
+        found = store.newest_good(out, warn=say)
+        if found is None:
+            say(f"{out} has no checkpoint: starting fresh.")
+        return found
+    found = store.open_checkpoint(Path(resume)).folder
+    if holds and found.resolve().parent != (out / "checkpoints").resolve():
+        raise ValueError(f"{out} holds a run of its own, and {found} is not one of its checkpoints. Go on in another folder: out=FOLDER.")
     return found
 
 
-def _run(stages: tuple[TrainConfig, ...], *, resume: Path | None, on_evaluate: Evaluate | None, run: _Run) -> Path:
-    begin, last = 0, resume
-    if resume is not None:
-        name, names = store.load_config(resume)["train"]["name"], [stage.name for stage in stages]
-        if name not in names:
-            raise ValueError(f"{resume} is of stage {name!r}, which this run does not have: its stages are {', '.join(names)}.")
-        begin = names.index(name)
-    for number, config in enumerate(stages):
-        before = sum(s.steps for s in stages[:number])
-        own = resume if number == begin else None
-        if number < begin or (own is not None and store.load_config(own)["step"] >= before + config.steps):
-            continue  # done; that checkpoint is the stage's last, and the next stage starts from it
-        stage = prepare(config, mesh=run.mesh, device=run.device, start=last, first_step=before, say=run.say)
+def _position(stages: tuple[TrainConfig, ...], found: Path | None) -> tuple[int, bool]:
+    """Number of the stage to go on in, and whether `found` is of it: else that is of the stage before, at its end."""
+    if found is None:
+        return 0, False
+    saved = store.load_config(found)
+    name, names = (saved.get("train") or {}).get("name"), [stage.name for stage in stages]
+    if name not in names:
+        raise ValueError(f"{found} is of stage {name!r}, which this run does not have: its stages are {', '.join(names)}.")
+    number = names.index(name)
+    done = saved["step"] >= sum(stage.steps for stage in stages[: number + 1])
+    return (number + 1, False) if done else (number, True)
+
+
+def _open_run(stages: tuple[TrainConfig, ...], found: Path | None, run: _Run) -> None:
+    """Make the run folder, write config.yaml, and forget what the run did after the checkpoint that it goes on from.
+
+    Every rank raises if the first cannot.
+    """
+    out, problem = Path(stages[0].out), ""
+    if ranks.rank() == 0:
         try:
+            out.mkdir(parents=True, exist_ok=True)
+            tree.save(stages, out / "config.yaml")
+            for name in ("metrics.jsonl", "evaluations.jsonl"):
+                cut_back(out / name, store.load_config(found)["step"] if found else 0)
+            if run.rewind and found is not None and found.resolve().parent == (out / "checkpoints").resolve():
+                for moved in store.set_newer_aside(found):
+                    run.say(moved)
+        except OSError as error:
+            problem = f"cannot write to the run folder {out} ({error.strerror}: {error.filename}). Make it writable, or choose another: out=FOLDER."
+    if problem := ranks.share(problem)[0]:
+        raise ValueError(problem)
+
+
+def _run(stages: tuple[TrainConfig, ...], *, found: Path | None, on_evaluate: Evaluate | None, run: _Run) -> Path:
+    last = found
+    begin, inside = _position(stages, found)
+    for number in range(begin, len(stages)):
+        config, before = stages[number], sum(stage.steps for stage in stages[:number])
+        if number and config.init == stages[number - 1].init:
+            config = replace(config, init=InitConfig())  # set for all stages, so meant for the run's start
+        own = found if inside and number == begin else None
+        stage = prepare(config, mesh=run.mesh, device=run.device, start=last, resume=own, first_step=before, say=run.say)
+        try:
+            if number == begin and found is not None:
+                _open_run(stages, found, run)  # only now, as a run that cannot go on is left as it was
             if own is not None:
-                restore(stage, own)
                 run.say(f"Resumed stage {config.name} at step {stage.number} from {own}")
             last = _train_stage(stage, sum(s.steps for s in stages), on_evaluate=on_evaluate, run=run)
         finally:
             stage.loader.close()
-    if last == resume:
-        run.say(f"Nothing left to do: {last} is the last step.")
     assert last is not None
+    if begin == len(stages):
+        run.say(f"Nothing left to do: {last} is the last step.")
     return last
 
 
@@ -152,12 +185,14 @@ def _train_stage(stage: Stage, last_step: int, *, on_evaluate: Evaluate | None, 
             if reporter is not None:
                 reporter.write(report)
             stop = max(ranks.share(run.signals.seen))
-            evaluate = bool(config.evaluate.every and stage.step % config.evaluate.every == 0)
-            due = bool(config.checkpoint.every and stage.step % config.checkpoint.every == 0)
+            evaluate = on_evaluate is not None and bool(config.evaluate.every) and stage.step % config.evaluate.every == 0
+            due = bool(config.checkpoint.every) and stage.step % config.checkpoint.every == 0
             if due or stop or evaluate or stage.step == config.steps:
                 folder = save(stage)
-            if evaluate and folder is not None and on_evaluate is not None and reporter is not None:
-                reporter.evaluation(stage.number, on_evaluate(config, folder))
+            if evaluate and on_evaluate is not None and folder is not None:
+                scores = on_evaluate(config, folder)  # on every rank: loading a checkpoint is collective
+                if reporter is not None:
+                    reporter.evaluation(stage.number, scores)
             if stop and stage.number < last_step:
                 raise Stopped(
                     f"Stopped at step {stage.number} of {last_step}, saved in {folder}. Go on with the same command and --resume auto.", 128 + stop

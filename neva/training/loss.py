@@ -9,6 +9,8 @@ from neva.batch import Batch
 
 def group_sums(losses: Float[Tensor, " l"], batch: Batch) -> Float[Tensor, "2 g"]:
     """Sum of losses and number of labelled tokens of each of the batch's groups."""
+    if not batch.group_names:  # every sample of the micro-batch failed to decode
+        return torch.zeros(2, 0, dtype=torch.float64, device=losses.device)
     at = batch.labelled.clamp_min(0)
     group = batch.groups.flatten().index_select(0, at)
     sums = torch.zeros(2, len(batch.group_names), dtype=torch.float64, device=losses.device)

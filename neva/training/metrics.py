@@ -6,8 +6,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,14 +35,15 @@ class Work:
     @staticmethod
     def of(batches: Sequence[Batch], config: TrainConfig, trained: frozenset[str]) -> "Work":
         """Count the work of CPU batches."""
-        documents = [length for batch in batches for length in _document_lengths(batch)]
-        labels, tiles = sum(b.label_count for b in batches), sum(b.tiles.shape[0] for b in batches)
-        flops = step_flops(
-            config.model, documents=documents, tiles=tiles, labelled=labels, trained=trained, recompute=config.recompute == "block"
-        )
-        return Work(
-            tokens=sum(documents), slots=sum(b.tokens.numel() for b in batches), labels=labels, tiles=tiles, flops=flops.total
-        )
+        works = [_micro_batch(batch, config, trained) for batch in batches]
+        return Work(**{f.name: sum(getattr(work, f.name) for work in works) for f in fields(Work)})
+
+
+def _micro_batch(batch: Batch, config: TrainConfig, trained: frozenset[str]) -> Work:
+    documents, tiles, labels = _document_lengths(batch), batch.tiles.shape[0], batch.label_count
+    again = config.recompute == "block"
+    flops = step_flops(config.model, documents=documents, tiles=tiles, labelled=labels, trained=trained, recompute=again).total
+    return Work(tokens=sum(documents), slots=batch.tokens.numel(), labels=labels, tiles=tiles, flops=flops)
 
 
 def _document_lengths(batch: Batch) -> list[int]:
@@ -122,8 +124,8 @@ class Reporter:
     say: Callable[[str], None]
     step: int = 0
     """Steps that earlier sessions did."""
-    board: object | None = field(default=None, init=False)
-    bar: object | None = field(default=None, init=False)
+    board: Any = field(default=None, init=False)
+    bar: Any = field(default=None, init=False)
 
     def __post_init__(self):
         self.file = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
@@ -194,7 +196,7 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
-def _tensorboard(out: Path, step: int, say: Callable[[str], None]) -> object | None:
+def _tensorboard(out: Path, step: int, say: Callable[[str], None]) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -203,7 +205,7 @@ def _tensorboard(out: Path, step: int, say: Callable[[str], None]) -> object | N
     return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
 
-def _bar(name: str, total: int, done: int) -> object:
+def _bar(name: str, total: int, done: int) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

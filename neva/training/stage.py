@@ -1,8 +1,9 @@
 """One stage of training: built from a config and a checkpoint, changed step by step, saved and restored."""
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,31 +53,60 @@ class Stage:
         return self.first_step + self.step
 
 
+PARTS = {"vision": ("vision.",), "projector": ("projector.", "image_vectors"), "decoder": ("decoder.", "head.")}
+"""Field of `InitConfig` -> how the names of its parameters begin."""
+
+
+def check(config: TrainConfig, *, world: int) -> None:
+    """Raise ValueError for what would stop the stage at its start: found before the first stage runs for hours."""
+    make_loader(replace(config, data=replace(config.data, workers=0)), load_tokenizer(config.data.tokenizer), world=world).close()
+    with torch.device("meta"):
+        freeze(VLM(config.model), config.trainable)
+    if config.init.model:
+        store.find(Path(config.init.model))
+    if config.evaluate.every:
+        LlavaSource(config.evaluate.source, config.evaluate.image_folder)
+
+
 def prepare(
-    config: TrainConfig, *, mesh: DeviceMesh, device: torch.device, start: Path | None = None, first_step: int = 0, say: Callable[[str], None] = print
+    config: TrainConfig,
+    *,
+    mesh: DeviceMesh,
+    device: torch.device,
+    start: Path | None = None,
+    resume: Path | None = None,
+    first_step: int = 0,
+    say: Callable[[str], None] = print,
 ) -> Stage:
     """Build a stage: sharded model with its weights, optimiser and loader.
 
-    `start` is a checkpoint whose weights it takes, except for parts that `init` wants fresh; without one all are fresh.
+    `resume` is a checkpoint of this stage to go on from. Without one the weights are those of `init.model`, else of the checkpoint
+    `start`, except for parts that `init` wants fresh; without either all are fresh.
     """
+    torch.manual_seed(config.seed + ranks.rank())  # else from the clock: two runs of one config would draw differently
     tokenizer = load_tokenizer(config.data.tokenizer)
     loader = make_loader(config, tokenizer, rank=ranks.rank(), world=mesh.size())
     with torch.device("meta"):
         model = VLM(config.model)
     freeze(model, config.trainable)
     say(_table(config, model))
-    trained = frozenset("projector" if name.startswith("image_vectors") else name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = frozenset("projector" if name.startswith("image_vectors") else name.split(".")[0] for name in names)
     parallelize(model, mesh, precision=config.precision, recompute=config.recompute, compile=config.compile)
     fill(model, device, lambda name, shape: fresh(name, shape, config.seed))
-    if config.init.model and first_step == 0 and start is None:
+    if resume is None and config.init.model:
         start = store.open_checkpoint(Path(config.init.model)).folder
-    if start is not None:
-        anew = tuple(f"{part}." for part in ("vision", "projector", "decoder") if getattr(config.init, part) == "fresh")
-        store.load_weights(start, into=dict(logical_parameters(model)), only=lambda name: not (anew and name.startswith(anew)))
-    return Stage(
+    if begin := resume or start:
+        fresh_parts = [part for part in PARTS if resume is None and getattr(config.init, part) == "fresh"]
+        anew = tuple(beginning for part in fresh_parts for beginning in PARTS[part])
+        store.load_weights(begin, into=dict(logical_parameters(model)), only=lambda name: not name.startswith(anew))
+    stage = Stage(
         config=config, first_step=first_step, model=model, optimizer=make_optimizer(model, config.optim), loader=loader,
         tokenizer=tokenizer, device=device, trained=trained, pinned=device.type == "cuda",
     )  # fmt: skip
+    if resume is not None:
+        _restore(stage, resume)
+    return stage
 
 
 def make_loader(config: TrainConfig, tokenizer: Tokenizer, *, rank: int = 0, world: int = 1) -> Loader:
@@ -111,14 +141,16 @@ def train_step(stage: Stage, batches: tuple[Batch, ...], *, since: float | None 
     """
     started, config = time.monotonic() if since is None else since, stage.config
     work = Work.of(batches, config, stage.trained)
-    labels = int(ranks.total([work.labels])[0])
+    labels = ranks.total(work.labels)
     sums: dict[str, list[float]] = {}
     bad: list[str] = []
     pending: list[tuple[Batch, Tensor, Tensor]] = []
     for batch in batches:
         local = (batch.pin() if stage.pinned else batch).to(stage.device)
         out = stage.model(local)
-        (out.losses.sum() / labels).backward()
+        loss = out.losses.sum() / max(1, labels)
+        if loss.requires_grad:  # not where only vision is trained and no rank's micro-batch of this number holds an image
+            loss.backward()
         pending.append((batch, out.losses.detach(), group_sums(out.losses, local)))
     for batch, losses, groups in pending:  # reads from the device only now, when all work is queued
         for name, (loss, count) in zip(batch.group_names, groups.T.tolist(), strict=True):
@@ -131,20 +163,25 @@ def train_step(stage: Stage, batches: tuple[Batch, ...], *, since: float | None 
     norm = clip(stage.model, config.optim.clip).item()
     shared = ranks.share((sums, bad, work))
     bad = [key for _, keys, _ in shared for key in keys]
-    if finite := not bad and norm == norm and abs(norm) != float("inf"):
+    sound = labels > 0 and not bad and math.isfinite(norm)
+    if sound:
         for group in stage.optimizer.param_groups:
             group["lr"] = lr
         stage.optimizer.step()
     stage.optimizer.zero_grad()
-    if not finite:
-        _refuse(stage, bad)
-    return _report(stage, [s for s, _, _ in shared], [w for _, _, w in shared], norm=norm if finite else None, lr=lr, seconds=time.monotonic() - started)
+    if not sound:
+        _leave_out(stage, labels, bad)
+    seconds = time.monotonic() - started
+    return _report(stage, [s for s, _, _ in shared], [w for _, _, w in shared], norm=norm if sound else None, lr=lr, seconds=seconds)
 
 
-def _refuse(stage: Stage, bad: list[str]) -> None:
-    """A step whose loss or gradient is not finite: an error that names its samples, or left out and counted."""
+def _leave_out(stage: Stage, labels: int, bad: list[str]) -> None:
+    """Count a step that changed no weight: all its samples were unreadable and skipped, or its loss or gradient is not finite.
+
+    ValueError for the latter, with its samples' names, unless the config wants such steps left out.
+    """
     what = f"the loss is not finite; samples: {', '.join(bad[:20])}" if bad else "the gradient norm is not finite though every loss is"
-    if stage.config.log.on_nonfinite == "stop":
+    if labels and stage.config.log.on_nonfinite == "stop":
         raise ValueError(
             f"Step {stage.number} of stage {stage.config.name}: {what}. Look at these samples, lower optim.lr, or leave such steps out with "
             "log.on_nonfinite=skip. The last checkpoint is untouched."
@@ -203,11 +240,14 @@ def save(stage: Stage) -> Path:
     )  # fmt: skip
 
 
-def restore(stage: Stage, folder: Path) -> None:
+def _restore(stage: Stage, folder: Path) -> None:
     """Take optimiser, random states and data position from a checkpoint of this stage; its weights are loaded already."""
     random = _random_state(stage.device)
     into = store.Training(tensors=optimizer_tensors(stage.model, stage.optimizer), per_rank=random)
     state = store.load_training(folder, into=into).state
+    before = store.load_config(folder)["step"] - state["step"]
+    if before != stage.first_step:
+        raise ValueError(f"{folder} was saved after {before} steps of earlier stages, which now have {stage.first_step}: put their steps back.")
     torch.set_rng_state(random["cpu"])
     if "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"], stage.device)
@@ -227,9 +267,8 @@ def _table(config: TrainConfig, model: VLM) -> str:
         rows.setdefault(name.split(".", 1)[0], [0, 0])[not parameter.requires_grad] += parameter.numel()
     total = [sum(column) for column in zip(*rows.values(), strict=True)]
     lines = [f"  {part:<14}{trained:>16,}{frozen:>16,}" for part, (trained, frozen) in {**rows, "total": total}.items()]
-    return "\n".join([f"Stage {config.name} ({config.precision}), {config.steps} steps", f"  {'parameters':<14}{'trained':>16}{'frozen':>16}", *lines])
-
-
+    head = f"Stage {config.name} ({config.precision}), {config.steps} steps\n  {'parameters':<14}{'trained':>16}{'frozen':>16}"
+    return "\n".join([head, *lines])
 
 
 def frozen_changed(config: TrainConfig, end: Path, start: Path | None) -> tuple[int, int]:

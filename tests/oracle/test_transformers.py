@@ -167,20 +167,15 @@ def test_gradients(pair):
         logits = run_theirs(pair, part).logits[0]
         total = total + torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(part.labels)[1:], ignore_index=IGNORE, reduction="sum")
     (total / batch.label_count).backward()
-    compare_gradients(pair)
+    assert gradient_difference(pair) < 1e-4
 
 
-def compare_gradients(pair: Pair) -> None:
-    """Every parameter that our model has and transformers saves: equal gradients."""
-    name_on_disk = {hf.rename(name, pair.table): name for name in pair.state}
-    theirs = disk_gradients(pair)
-    compared = 0
-    for name, parameter in pair.ours.named_parameters():
-        if name in name_on_disk:
-            expected = theirs[name_on_disk[name]]
-            assert (parameter.grad - expected).abs().max() < 1e-4, name
-            compared += 1
-    assert compared == sum(name in dict(pair.ours.named_parameters()) for name in name_on_disk)
+def gradient_difference(pair: Pair) -> float:
+    """Largest difference over every parameter of ours, but for the tower that a Llama alone does not have."""
+    name_on_disk, theirs = {hf.rename(name, pair.table): name for name in pair.state}, disk_gradients(pair)
+    parts = ("decoder", "head") if pair.table is hf.LLAMA else ("vision", "projector", "decoder", "head")
+    ours = {name: parameter.grad for name, parameter in pair.ours.named_parameters() if name.split(".")[0] in parts}
+    return max((grad - theirs[name_on_disk[name]]).abs().max().item() for name, grad in ours.items())
 
 
 def disk_gradients(pair: Pair) -> dict[str, Tensor]:
@@ -207,7 +202,7 @@ def test_loss_of_padded_rows(tmp_path):
     assert (ours - theirs).abs() < 1e-5
     ours.backward()
     theirs.backward()
-    compare_gradients(pair)
+    assert gradient_difference(pair) < 1e-4
 
 
 def test_state_dict_round_trip(pair, tmp_path):

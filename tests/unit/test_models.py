@@ -200,11 +200,12 @@ def test_published_sizes():
 
 
 def test_presets():
-    """Every preset is a config whose model can be made, and the projector's default is LLaVA-1.5's."""
-    with torch.device("meta"):
-        for name in DECODERS:
-            for vision in VISION.values():
-                VLM(VLMConfig(decoder=DECODERS[name], vision=vision))
+    """Any decoder goes with any vision encoder, by LLaVA-1.5's projector unless told otherwise."""
+    for name in DECODERS:
+        for vision in VISION.values():
+            with torch.device("meta"):
+                model = VLM(VLMConfig(decoder=DECODERS[name], vision=vision))
+            assert [layer.weight.shape for layer in model.projector[::2]] == [(DECODERS[name].width, n) for n in (vision.width, DECODERS[name].width)]
 
 
 # Layers
