@@ -9,7 +9,7 @@ import torch
 
 from neva.batch import IGNORE, IMAGE, IMAGE_END, IMAGE_START, ImageLayout
 from neva.data.image import image_size, open_image, to_tiles
-from neva.data.sample import MARKER, Encoded, Sample, SampleError
+from neva.data.sample import MARKER, Encoded, Picture, Sample, SampleError
 from neva.data.template import Piece, find_template, render
 from neva.data.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ class Encoder:
         """
         try:
             tokens, marks = self._tokens(sample, answer=labels)
-            tiles = [to_tiles(open_image(picture), self.layout) for picture in sample.images]
+            tiles = [to_tiles(open_image(picture), self.layout) for picture in self._shown(sample, tokens)]
         except ValueError as error:
             raise _named(sample, error) from None
         ids = torch.tensor(tokens, dtype=torch.int64)
@@ -59,7 +59,7 @@ class Encoder:
         """The lengths of `encode(sample)`, truncated to `length` if given, from turns and image headers alone. Raises as `encode`."""
         try:
             tokens, marks = self._tokens(sample, answer=True)
-            for picture in sample.images:
+            for picture in self._shown(sample, tokens):
                 image_size(picture)
         except ValueError as error:
             raise _named(sample, error) from None
@@ -103,6 +103,10 @@ class Encoder:
         if answer and not any(marks):
             raise ValueError("no token carries loss: its answers are empty")
         return tokens, marks
+
+    def _shown(self, sample: Sample, tokens: list[int]) -> tuple[Picture, ...]:
+        """The images that the tokens have places for: a caption template leaves out those of later turns."""
+        return sample.images[: tokens.count(IMAGE) // self.layout.tokens_per_tile]
 
     def _spelled(self, pieces: tuple[Piece, ...]) -> list[Piece]:
         """The pieces with the layout's text around each image."""

@@ -147,13 +147,24 @@ class Loader:
         if isinstance(plan, ValueError):
             raise plan
         self._planned.popleft()
-        built = [wait() for wait in plan.waits]
-        bad = [one for part in built for one in part.bad]
-        if self.options.on_error == "skip":
-            bad = [one for some in self.share(bad) for one in some]
-        self._undecoded += [(one.source, one.id, one.message) for one in bad]
+        built = self._await(plan.waits)
         self._state = plan.state
         return tuple(part.batch for part in built)
+
+    def _await(self, waits: list[Callable[[], "Built"]]) -> list["Built"]:
+        """This rank's micro-batches. If one rank fails all raise, or the others would wait for it in the step."""
+        built, failure = [], ""
+        try:
+            built = [wait() for wait in waits]
+        except ValueError as error:
+            if self.world == 1:
+                raise
+            failure = str(error)
+        told = self.share(([one for part in built for one in part.bad], failure))
+        if failures := dict.fromkeys(text for _, text in told if text):
+            raise ValueError("; ".join(failures))
+        self._undecoded += [(one.source, one.id, one.message) for bad, _ in told for one in bad]
+        return built
 
     @property
     def counts(self) -> dict[str, Any]:

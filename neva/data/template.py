@@ -88,9 +88,7 @@ def render(template: Template, turns: Sequence[Turn], *, system: str | None = No
 
 
 def _caption(talk: list[Turn]) -> list[Turn]:
-    """The first exchange, its question reduced to its images. An image later on would be lost, so it is an error."""
-    if any(MARKER in turn.text for turn in talk[2:]):
-        raise ValueError(f"{MARKER} stands after the first exchange, which is all that the template 'plain' uses: use 'v1', or move the image")
+    """The first exchange, its question reduced to its images; later turns go, with theirs."""
     return [Turn(role=turn.role, text=MARKER * turn.text.count(MARKER)) if turn.role == "user" else turn for turn in talk[:2]]
 
 

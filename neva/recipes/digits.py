@@ -13,12 +13,13 @@ from PIL import Image
 
 HELD_OUT = 1200
 """Digits that no training sample shows."""
-COPIES = 3
+COPIES = 2
 """Pictures of each training digit: as it is, and slightly turned, scaled and shifted, since 8,800 are few to learn to see from."""
 
 WHAT = ("Which digit is this?", "What digit is shown?", "What number do you see?", "Read the digit.", "Name this digit.")
 EVEN = ("Is it even?", "Is this digit even?", "Is this an even number?", "Is the number shown even?")
 LARGER = ("Which is larger?", "Which of the two digits is larger?", "Which one is the larger digit?", "Which number is larger?")
+BOTH = ("Which digits are these?", "What are the two digits?", "Read both digits.")
 EVEN_TEXT = ("Is {a} even?", "Is {a} an even number?")
 LARGER_TEXT = ("{a} and {b}: which is larger?", "{a} {b} Which number is larger?")
 
@@ -87,10 +88,6 @@ def _yes(even: bool) -> str:
     return "yes" if even else "no"
 
 
-def _larger(first: int, second: int) -> str:
-    return "first" if first > second else "second"
-
-
 def _captions(shown: np.ndarray, labels: np.ndarray) -> list[dict]:
     """Every training digit with its name: what the first stage reads."""
     return [_sample("what_is_it", f"caption-{n}", [_picture(n)], "", str(labels[n])) for n in shown]
@@ -106,23 +103,27 @@ def _train(shown: np.ndarray, labels: np.ndarray) -> list[dict]:
             form = (place + copy) % 4
             turns = ((what, digit), (what, digit, parity, even), (parity, even, what, digit), (parity, even))[form]
             rows.append(_sample("what_is_it" if form < 2 else "even", f"digit-{n}-{copy}", [_picture(n, copy)], *turns))
-            rows.append(_pair(f"pair-{n}-{copy}", shown, labels, random, copies=COPIES))
+            rows.append(_pair(f"pair-{n}-{copy}", shown, labels, random, copies=COPIES, form=("alone", "last", "first")[form % 3]))
     for place in range(len(shown) // 4):
         a, b = (int(x) for x in random.choice(10, 2, replace=False))
         if place % 2:
             rows.append(_sample("even", f"text-{place}", [], str(random.choice(EVEN_TEXT)).format(a=a), _yes(a % 2 == 0)))
         else:
-            rows.append(_sample("larger", f"text-{place}", [], str(random.choice(LARGER_TEXT)).format(a=a, b=b), _larger(a, b)))
+            rows.append(_sample("larger", f"text-{place}", [], str(random.choice(LARGER_TEXT)).format(a=a, b=b), "first" if a > b else "second"))
     return rows
 
 
-def _pair(id: str, among: np.ndarray, labels: np.ndarray, random: np.random.Generator, *, copies: int = 1) -> dict:
-    """Two pictures of different digits and the question which is larger."""
+def _pair(id: str, among: np.ndarray, labels: np.ndarray, random: np.random.Generator, *, copies: int = 1, form: str = "alone") -> dict:
+    """Two pictures of different digits and which is larger; asked `alone`, or `last` after or `first` before what both are."""
     while True:
         first, second = (int(n) for n in among[random.integers(0, len(among), 2)])
         if labels[first] != labels[second]:
-            pictures = [_picture(n, int(random.integers(copies))) for n in (first, second)]
-            return _sample("larger", id, pictures, str(random.choice(LARGER)), _larger(labels[first], labels[second]))
+            break
+    pictures = [_picture(n, int(random.integers(copies))) for n in (first, second)]
+    larger = (str(random.choice(LARGER)), "first" if labels[first] > labels[second] else "second")
+    both = (str(random.choice(BOTH)), f"{labels[first]} and {labels[second]}")
+    turns = {"alone": larger, "last": both + larger, "first": larger + both}[form]
+    return _sample("larger", id, pictures, *turns)
 
 
 def _held_out(held_out: np.ndarray, labels: np.ndarray) -> list[dict]:

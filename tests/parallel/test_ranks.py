@@ -14,9 +14,9 @@ from tests import runs
 pytestmark = [pytest.mark.slow, pytest.mark.multi]
 
 PLAN = (
-    "llava-tiny", *runs.SMALL, "precision=fp32", "steps=5", "checkpoint.every=2", "checkpoint.keep_last=0", "data.workers=0", "batch.rows=4",
+    "llava-tiny", *runs.SMALL, "precision=fp32", "steps=5", "checkpoint.every=2", "checkpoint.keep_last=0", "data.workers=0", "batch.rows=2",
     "pretrain:trainable=[projector.*]", "finetune:trainable=[*]", "optim.lr=5e-3",
-    "data.sources.0.mock.text_only_every=2", "data.sources.0.mock.words=[40,50]",
+    "data.sources.0.mock.text_only_every=2", "data.sources.0.mock.words=[10,14]",
 )  # fmt: skip
 """Documents of which one fills a row, every second without an image: often one rank has none where the other has, or no rank has one."""
 
@@ -49,8 +49,8 @@ def check_close(out: Path, other: Path) -> None:
 def test_two_ranks_give_the_losses_of_one(one_and_two: tuple[Path, Path]) -> None:
     one, two = one_and_two
     check_close(two, one)
-    images = [line["images_per_s"] for line in runs.metrics(one)]
-    assert 0 in images and any(images)  # steps with and without an image
+    images = [round(line["images_per_s"] * line["seconds"]) for line in runs.metrics(one)]
+    assert {0, 1} <= set(images), images  # of two ranks one had an image, or none had
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
@@ -81,13 +81,12 @@ def test_sigterm_to_the_launcher_saves(one_and_two: tuple[Path, Path], tmp_path:
     assert runs.learned(out) == runs.learned(one_and_two[1])
 
 
-def test_a_launcher_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_ends_the_run_and_leaves_no_process(tmp_path: Path) -> None:
     process = runs.start("train", *PLAN, f"out={tmp_path / 'run'}", "steps=1000", "data.workers=1", "--nproc", 2)
     assert runs.wait_for(process, lambda: runs.steps_done(tmp_path / "run") >= 2)
     ranks = [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
     assert len(ranks) == 2
     family = psutil.Process(ranks[0].pid).children(recursive=True)
-    runs.survivors([], 0)
     ranks[0].kill()  # one rank dies: the launcher ends the other, and the run fails
     said = runs.finish(process)
     assert process.returncode == 137, said
@@ -110,12 +109,8 @@ def test_an_unreadable_sample_ends_both_ranks_and_is_named(tmp_path: Path) -> No
 
 def test_ranks_share_an_evaluation_in_training(tmp_path: Path) -> None:
     data = runs.colour_data(tmp_path)
-    source = (
-        f"data.source={data}",
-        f"data.image_folder={tmp_path / 'images'}",
-        f"evaluate.source={data}",
-        f"evaluate.image_folder={tmp_path / 'images'}",
-    )
+    images = tmp_path / "images"
+    source = (f"data.source={data}", f"data.image_folder={images}", f"evaluate.source={data}", f"evaluate.image_folder={images}")
     plan = ("train", "llava-tiny/finetune", *runs.SMALL, *source, "precision=fp32", "data.workers=0", "steps=4", "evaluate.every=2", "optim.lr=1e-2")
     runs.run(*plan, f"out={tmp_path / 'one'}")
     runs.run(*plan, f"out={tmp_path / 'two'}", "--nproc", 2)
