@@ -148,6 +148,7 @@ def fresh(name: str, shape: torch.Size, seed: int) -> Tensor:
     """The fp32 start value of a parameter: a function of its logical name, its shape and the seed alone.
 
     Norm weights are 1, biases 0, embeddings and learned vectors normal with deviation 0.02, matrices normal with 1 / sqrt(fan-in).
+    So a patch's embedding has deviation 1; its position gets 0.5, or the encoder would be blind to where a patch lies for hundreds of steps.
     """
     last = name.rsplit(".", 1)[-1]
     if last == "bias":
@@ -157,7 +158,8 @@ def fresh(name: str, shape: torch.Size, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     looked_up = last != "weight" or name.startswith(("decoder.embed.", "head."))
-    deviation = 0.02 if looked_up else shape[1:].numel() ** -0.5
+    beside_patches = name in ("vision.positions", "vision.class_token")
+    deviation = 0.5 if beside_patches else 0.02 if looked_up else shape[1:].numel() ** -0.5
     return torch.empty(shape).normal_(0, deviation, generator=generator)
 
 

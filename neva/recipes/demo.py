@@ -15,7 +15,7 @@ GREY, SPREAD = 0.1307, 0.3081
 """Mean and deviation of the digits' pixels."""
 
 MODEL = VLMConfig(
-    decoder=DecoderConfig(vocab=512, width=128, layers=4, heads=4, kv_heads=2, ffn=352, max_positions=1024, tied=True),
+    decoder=DecoderConfig(vocab=512, width=128, layers=4, heads=4, kv_heads=2, ffn=352, max_positions=1024),
     vision=VisionConfig(
         image=28,
         patch=4,
@@ -48,6 +48,7 @@ def demo() -> tuple[TrainConfig, ...]:
         batch=BatchConfig(seq_length=512, rows=8, micro_rows=2, max_tiles=32),
         optim=OptimConfig(lr=2e-3, warmup=5.0),
         steps=20,
+        precision="fp32",  # at these sizes bf16 is slower, also on CPUs that have it
         checkpoint=CheckpointConfig(every=0, keep_last=0),
         out="runs/demo",
     )
@@ -56,8 +57,8 @@ def demo() -> tuple[TrainConfig, ...]:
         name="finetune",
         trainable=("*",),
         data=replace(pretrain.data, sources=(_digits("train"),), template="v1", system=""),
-        optim=OptimConfig(lr=1e-3, min_lr=2e-5, warmup=50.0, betas=(0.9, 0.98), weight_decay=0.02),
-        steps=600,
+        optim=OptimConfig(lr=1e-3, min_lr=2e-5, warmup=20.0, betas=(0.9, 0.98), weight_decay=0.05),
+        steps=760,
     )
     return pretrain, finetune
 

@@ -103,7 +103,7 @@ def _train(shown: np.ndarray, labels: np.ndarray) -> list[dict]:
             form = (place + copy) % 4
             turns = ((what, digit), (what, digit, parity, even), (parity, even, what, digit), (parity, even))[form]
             rows.append(_sample("what_is_it" if form < 2 else "even", f"digit-{n}-{copy}", [_picture(n, copy)], *turns))
-            rows.append(_pair(f"pair-{n}-{copy}", shown, labels, random, copies=COPIES, form=("alone", "last", "first")[form % 3]))
+            rows.append(_pair(f"pair-{n}-{copy}", shown, labels, random, copies=COPIES, form=("alone", "first", "last")[place % 3]))
     for place in range(len(shown) // 4):
         a, b = (int(x) for x in random.choice(10, 2, replace=False))
         if place % 2:

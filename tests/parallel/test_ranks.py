@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.multi]
 PLAN = (
     "llava-tiny", *runs.SMALL, "precision=fp32", "steps=5", "checkpoint.every=2", "checkpoint.keep_last=0", "data.workers=0", "batch.rows=2",
     "pretrain:trainable=[projector.*]", "finetune:trainable=[*]", "optim.lr=5e-3",
-    "data.sources.0.mock.text_only_every=2", "data.sources.0.mock.words=[10,14]",
+    "data.sources.0.mock.text_only_every=2", "data.sources.0.mock.words=[14,20]",
 )  # fmt: skip
-"""Documents of which one fills a row, every second without an image: often one rank has none where the other has, or no rank has one."""
+"""Every second document has no image, and in the second stage one fills a row: there a rank has none where the other has, or no rank has one."""
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,275 @@
+"""Generation, evaluation and the Python API on one tiny trained model, against the plainest way to do the same."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from torch import Tensor
+
+import neva
+from neva import api
+from neva.cli import main
+from neva.data.sample import Sample, Turn
+from neva.data.source import LlavaSource
+from neva.data.tokenizer import JsonTokenizer
+from neva.infer.generate import Loaded, Sampling, draw, generate
+from tests import runs
+from tests.packed import Item, pack
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.colour_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has half learned to name the colours, trained from Python."""
+    out = tmp_path_factory.mktemp("train") / "run"
+    overrides = (
+        f"data.source={data}", f"data.image_folder={data.parent / 'images'}", f"out={out}", "data.system=", "data.pool=32",
+        "model.decoder.layers=1", "model.vision.layers=2", "batch.seq_length=128",
+        "log.tensorboard=false", "precision=fp32", "steps=30", "optim.lr=5e-3", "optim.warmup=3", "trainable=[*]", "checkpoint.every=0",
+    )  # fmt: skip
+    said: list[str] = []
+    last = neva.train("llava-tiny/finetune", overrides, say=said.append)
+    assert last == out / "checkpoints" / "step_30" and any("finetune 30/30" in text for text in said)
+    return last
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> Loaded:
+    return neva.load(checkpoint)
+
+
+def picture(colour: str, size: tuple[int, int] = (40, 28)) -> Image.Image:
+    return Image.new("RGB", size, runs.COLOURS[colour])
+
+
+def asked(text: str, *images: Image.Image, before: Sequence[str] = ()) -> Sample:
+    """A conversation whose last question is `text`; `before` are earlier questions and answers in turn."""
+    turns = [Turn(role=("user", "assistant")[i % 2], text=said) for i, said in enumerate((*before, text))]
+    return Sample(source="test", id=text[:20], turns=tuple(turns), images=images)
+
+
+SAMPLES = (
+    asked("<image>\nWhich colour?", picture("red")),
+    asked("Write the word blue 1."),
+    asked("Compare <image> with <image>, please: which colours?", picture("green"), picture("white", (28, 90))),
+    asked("And now?", picture("blue"), before=("<image>\nWhich colour please?", "blue")),
+    asked("?"),
+)
+
+
+def plain_greedy(loaded: Loaded, sample: Sample, count: int) -> list[int]:
+    """The whole sequence through the model again for each token, no cache, no packing."""
+    encoded = loaded.encoder.encode(sample, labels=False)
+    tokens = encoded.tokens.tolist()
+    for _ in range(count):
+        batch = pack(loaded.encoder.layout, [[Item(tokens=tokens, labels=tokens, tiles=list(encoded.tiles))]], len(tokens))
+        with torch.no_grad():
+            token = int(loaded.model(batch, logits_at=torch.tensor([len(tokens) - 1])).logits[0].argmax())
+        if token == loaded.encoder.tokenizer.eos:
+            break
+        tokens.append(token)
+    return tokens[len(encoded.tokens) :]
+
+
+class Endless(JsonTokenizer):
+    """Its end token is one that the model has not learned to say."""
+
+    eos = 510
+
+
+def without_end(loaded: Loaded) -> Loaded:
+    """The model, which now ends no answer by itself: so that long generations are compared."""
+    tokenizer = loaded.encoder.tokenizer
+    return replace(loaded, encoder=replace(loaded.encoder, tokenizer=Endless(tokenizer.files)))
+
+
+def test_cached_greedy_decoding_is_the_argmax_of_full_forwards(loaded: Loaded) -> None:
+    for model in (loaded, without_end(loaded)):
+        answers = generate(model, SAMPLES, Sampling(max_new_tokens=12))
+        for sample, answer in zip(SAMPLES, answers, strict=True):
+            expected = plain_greedy(model, sample, 12)
+            assert list(answer.tokens) == expected
+            assert answer.text == model.encoder.tokenizer.decode(expected).strip()
+            assert answer.finish == ("length" if len(expected) == 12 else "stop")
+
+
+def test_the_model_learned_something(loaded: Loaded) -> None:
+    """Else all answers could be alike, and the comparisons empty."""
+    samples = [asked("<image>\nWhich colour?", picture(colour)) for colour in ("red", "green", "blue")]
+    assert len({answer.text for answer in generate(loaded, samples, Sampling(max_new_tokens=8))}) > 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_a_ragged_batch_answers_as_one_by_one(loaded: Loaded, temperature: float) -> None:
+    sampling = Sampling(max_new_tokens=10, temperature=temperature, top_k=20, seed=7)
+    together = generate(loaded, SAMPLES, sampling)
+    alone = [generate(loaded, [sample], replace(sampling, seed=7 + n))[0] for n, sample in enumerate(SAMPLES)]
+    assert together == alone and generate(loaded, SAMPLES, sampling) == together
+    assert generate(loaded, [], sampling) == []
+    if temperature:
+        assert generate(loaded, SAMPLES, replace(sampling, seed=100)) != together
+
+
+def test_an_answer_ends_at_the_limit_at_a_stop_text_and_at_the_end_of_the_positions(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = without_end(loaded)
+    (long,) = generate(model, SAMPLES[:1], Sampling(max_new_tokens=9))
+    assert (len(long.tokens), long.finish) == (9, "length")
+    whole = model.encoder.tokenizer.decode(long.tokens)
+    stop = next(whole[n : n + 2] for n in range(1, len(whole)) if whole[n : n + 2].strip())
+    (short,) = generate(model, SAMPLES[:1], Sampling(max_new_tokens=9, stop=(stop, "never")))
+    assert short.finish == "stop" and short.text == whole[: whole.index(stop)].strip() and long.tokens[: len(short.tokens)] == short.tokens
+    prompt = len(model.encoder.encode(SAMPLES[0], labels=False).tokens)
+    full = model.model.config
+    monkeypatch.setattr(model.model, "config", replace(full, decoder=replace(full.decoder, max_positions=prompt + 4)))
+    (cut,) = generate(model, SAMPLES[:1], Sampling(max_new_tokens=9))
+    assert cut.tokens == long.tokens[:4] and cut.finish == "length"
+    with pytest.raises(ValueError, match=r"sample '.*' of 'test': its prompt has \d+ tokens but the model's positions end at"):
+        generate(model, [asked("word " * 99)], Sampling())
+
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"temperature": 1.0}, 5),
+        ({"temperature": 0.5}, 5),
+        ({"temperature": 2.0, "top_k": 2}, 2),
+        ({"temperature": 1.0, "top_p": 0.75}, 2),  # 0.56 + 0.21 reach it
+        ({"temperature": 1.0, "top_p": 0.01}, 1),
+        ({"temperature": 1.0, "top_k": 3, "top_p": 0.9}, 3),  # of the three that are left: 0.63, 0.23, 0.14
+    ],
+)
+def test_draws_follow_the_tempered_and_cut_distribution(options: dict[str, Any], kept: int) -> None:
+    order = torch.tensor([3, 1, 4, 0, 2])  # unsorted, so that ids and ranks differ
+    logits, sampling = torch.empty(5), Sampling(**options)
+    logits[order] = LOGITS
+    expected = (LOGITS / sampling.temperature).exp()
+    expected[kept:] = 0
+    expected /= expected.sum()
+    generator, count = torch.Generator().manual_seed(0), 3000
+    drawn = torch.bincount(torch.tensor([draw(logits, sampling, generator) for _ in range(count)]), minlength=5)[order] / count
+    assert ((drawn == 0) == (expected == 0)).all()
+    error = (drawn - expected).abs()
+    assert (error <= 4 * (expected * (1 - expected) / count).sqrt()).all(), error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"stop": ("",)}, "an empty stop text"),
+    ],
+)
+def test_bad_sampling_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+def neva_cli(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args], prog_name="neva")
+
+
+def test_generate_on_the_command_line(checkpoint: Path, loaded: Loaded, data: Path, tmp_path: Path) -> None:
+    for n, colour in enumerate(("green", "white")):
+        runs.picture(tmp_path / f"{n}.png", runs.COLOURS[colour])
+    images = ("--image", tmp_path / "0.png", "--image", tmp_path / "1.png")
+    limits = ("--max-new-tokens", 6, "--json")
+    pictures = (tmp_path / "0.png", tmp_path / "1.png")
+    # Images stand where the prompt says, else before it.
+    for prompt, text in (("Which colours?", "<image>\n<image>\nWhich colours?"), ("Is <image> as <image>?", "Is <image> as <image>?")):
+        shown = neva_cli("generate", checkpoint, "--prompt", prompt, *images, *limits)
+        (expected,) = generate(
+            loaded, [Sample(source="x", id="0", turns=(Turn(role="user", text=text),), images=pictures)], Sampling(max_new_tokens=6)
+        )
+        assert shown.exit_code == 0, shown.output
+        assert json.loads(shown.output) == {"id": "0", "text": expected.text, "finish": expected.finish, "tokens": len(expected.tokens)}
+    run = checkpoint.parents[1]
+    folder = ("--image-folder", data.parent / "images")
+    printed = [neva_cli("generate", run, "--data", data, *folder, "--batch-size", size, *limits).output for size in (5, 16)]
+    rows = [json.loads(line) for line in printed[0].splitlines()]
+    assert printed[0] == printed[1] and [row["id"] for row in rows] == [row["id"] for row in json.loads(data.read_text())]
+    assert all(set(row) == {"id", "text", "finish", "tokens", "truth"} for row in rows)
+    assert [row["truth"] for row in rows] == [row["conversations"][1]["value"] for row in json.loads(data.read_text())]
+    plain = neva_cli("generate", run, "--data", data, *folder, "--max-new-tokens", 6).output.splitlines()
+    assert plain == [f"{row['id']}: {row['text']}" for row in rows]
+    drawn = [
+        neva_cli("generate", run, "--data", data, *folder, "--temperature", 1.5, "--seed", 3, "--batch-size", size, *limits).output
+        for size in (4, 24)
+    ]
+    assert drawn[0] == drawn[1] != printed[0]  # a sample's random stream does not depend on the batch size
+
+
+def multi_turn(folder: Path) -> Path:
+    """A data file with two kinds and a source's name in place of one, samples of several turns and of two images."""
+    turns = (("human", "<image>\nWhich colour?"), ("gpt", "red"), ("human", "Write the word blue 1."), ("gpt", "blue"))
+    talk = [{"from": who, "value": text} for who, text in turns]
+    pair = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "green"}]
+    later = [*pair, {"from": "human", "value": "<image>\nAnd this?"}, {"from": "gpt", "value": "white"}]
+    rows = [
+        {"id": "a", "image": "red.png", "kind": "talk", "conversations": talk},
+        {"id": "b", "image": ["green.png", "white.png"], "conversations": later},
+        runs.row("c", "Write the word white 1.", "white"),
+        *({"id": f"d{n}", **runs.row("", "<image>\nWhich colour?", colour, image=f"{colour}.png", kind="talk")} | {"id": f"d{n}"}
+          for n, colour in enumerate(runs.COLOURS)),
+    ]  # fmt: skip
+    for colour, value in runs.COLOURS.items():
+        runs.picture(folder / f"{colour}.png", value)
+    (folder / "held_out.json").write_text(json.dumps(rows))
+    return folder / "held_out.json"
+
+
+def test_eval_counts_every_answer_and_is_a_brute_force_count(checkpoint: Path, loaded: Loaded, tmp_path: Path) -> None:
+    file = multi_turn(tmp_path)
+    shown = neva_cli("eval", checkpoint, "--data", file, "--image-folder", tmp_path, "--max-new-tokens", 7, "--json")
+    assert shown.exit_code == 0, shown.output
+    result = json.loads(shown.output)
+    right: dict[str, list[bool]] = {}
+    source = LlavaSource(file, tmp_path)
+    for sample in (source[i] for i in range(len(source))):
+        for number in range(1, len(sample.turns), 2):
+            turns = sample.turns[:number]
+            images = sample.images[: sum(turn.text.count("<image>") for turn in turns)]
+            tokens = plain_greedy(loaded, replace(sample, turns=turns, images=images), 7)
+            said = loaded.encoder.tokenizer.decode(tokens).strip()
+            right.setdefault(sample.kind or "held_out", []).append(said == sample.turns[number].text)
+    assert result == {"accuracy": {kind: sum(row) / len(row) for kind, row in sorted(right.items())}, "n": 9}
+    assert {kind: len(row) for kind, row in right.items()} == {"talk": 6, "held_out": 3} and any(any(row) for row in right.values())
+    assert api.evaluate(loaded, data=file, image_folder=tmp_path, max_new_tokens=7, batch_size=2) == result
+    table = neva_cli("eval", checkpoint, "--data", file, "--image-folder", tmp_path, "--max-new-tokens", 7)
+    assert "9 questions" in table.output and f"{result['accuracy']['talk']:.1%}" in table.output
+
+
+def test_the_python_api_takes_a_path_a_loaded_model_and_pictures(checkpoint: Path, loaded: Loaded) -> None:
+    image = picture("red")
+    (one,) = neva.generate(loaded, prompt="Which colour?", images=[image], max_new_tokens=5)
+    (other,) = neva.generate(str(checkpoint), prompt="<image>\nWhich colour?", images=[image], max_new_tokens=5)
+    assert one == other and set(one) == {"id", "text", "finish", "tokens"}
+    (nothing,) = neva.generate(loaded, prompt="Which colour?", images=[image], max_new_tokens=5, stop=[one["text"][:1]])
+    assert one["text"] and (nothing["text"], nothing["finish"]) == ("", "stop")
+    with pytest.raises(ValueError, match="give a prompt, or data"):
+        list(neva.generate(loaded))
+    stages = neva.recipe("llava-tiny", ["optim.lr=7"])
+    assert [stage.name for stage in stages] == ["pretrain", "finetune"] and stages[0].optim.lr == 7
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        neva.trian  # noqa: B018
+
+
+def test_precision_of_a_loaded_model(checkpoint: Path) -> None:
+    kinds: dict[str, Tensor] = {p: neva.load(checkpoint, precision=p).model.decoder.embed.weight for p in ("auto", "fp32", "bf16")}
+    assert {name: value.dtype for name, value in kinds.items()} == {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
+    with pytest.raises(ValueError, match="precision='fp8' is none of fp32, bf16, auto"):
+        neva.load(checkpoint, precision="fp8")
