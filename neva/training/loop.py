@@ -4,9 +4,11 @@ A stage always begins from a checkpoint or from fresh weights and always ends in
 stage and resuming after a kill are the same path.
 """
 
+import fcntl
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,11 +73,11 @@ def train(stages: tuple[TrainConfig, ...], *, resume: str = "", on_evaluate: Eva
         if ranks.rank():
             say = _silent
         stages = with_precision(stages, say)
-        with _Signals() as signals:
+        with _Signals() as signals, ExitStack() as held:
             found = _find(stages, resume, say)
             for config in stages[_position(stages, found)[0] :]:
                 check(config, world=mesh.size())
-            run = _Run(mesh=mesh, device=device, signals=signals, say=say, rewind=resume not in ("", "auto"))
+            run = _Run(mesh=mesh, device=device, signals=signals, say=say, held=held, rewind=resume not in ("", "auto"))
             if found is None:
                 _open_run(stages, None, run)
             return _run(stages, found=found, on_evaluate=on_evaluate, run=run)
@@ -93,6 +95,8 @@ class _Run:
     device: torch.device
     signals: _Signals
     say: Say
+    held: ExitStack
+    """What is kept open while the run lasts: the lock on its folder."""
     rewind: bool
     """Set checkpoints aside that are newer than the one to go on from? A later `--resume auto` would go on from them."""
 
@@ -138,12 +142,16 @@ def _open_run(stages: tuple[TrainConfig, ...], found: Path | None, run: _Run) ->
     if ranks.rank() == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            lock = run.held.enter_context((out / ".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process ends, however it ends
             tree.save(stages, out / "config.yaml")
             for name in ("metrics.jsonl", "evaluations.jsonl"):
                 cut_back(out / name, store.load_config(found)["step"] if found else 0)
             if run.rewind and found is not None and found.resolve().parent == (out / "checkpoints").resolve():
                 for moved in store.set_newer_aside(found):
                     run.say(moved)
+        except BlockingIOError:
+            problem = f"another process is training in {out}. Wait for it or stop it, or choose another folder: out=FOLDER."
         except OSError as error:
             problem = f"cannot write to the run folder {out} ({error.strerror}: {error.filename}). Make it writable, or choose another: out=FOLDER."
     if problem := ranks.share(problem)[0]:

@@ -1,5 +1,6 @@
 """What a user gets wrong ends in one error line with the sample or key and the fix, a non-zero exit code, and nothing lost."""
 
+import fcntl
 import json
 import struct
 import subprocess
@@ -164,6 +165,15 @@ def test_a_run_folder_that_is_taken_is_left_as_it_is(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     must_fail(train(out, "seed=3"), "--resume auto", "out=")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_folder_that_another_process_trains_in(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        must_fail(train(out), "another process", "out=")
+    assert train(out).exit_code == 0
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:

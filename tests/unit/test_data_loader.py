@@ -448,7 +448,9 @@ def test_workers_follow_their_process_and_no_other(tmp_path: Path) -> None:
         assert all_gone(workers)
     with running(tmp_path) as (process, workers):
         os.kill(workers[0], signal.SIGKILL)
-        answers = [asked(process) for _ in range(8)]
+        answers = [asked(process)]
+        while answers[-1] == "step\n" and len(answers) < 1000:  # the pool's own thread may need a moment to notice
+            answers.append(asked(process))
         assert "error a data worker died" in answers[-1] and all_gone(workers)
         process.stdin.close()
         assert process.stdout.readline() == "closed\n" and process.wait(10) == 0
