@@ -83,7 +83,13 @@ class Peer:
         ids = request.tokens.masked_fill(request.tokens == IMAGE, IMAGE_ID)[None]
         pixels = normalise(request.tiles, VisionConfig.mean, VisionConfig.std)
         out = self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=False, use_cache=True, min_new_tokens=new, max_new_tokens=new
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels,
+            do_sample=False,
+            use_cache=True,
+            min_new_tokens=new,
+            max_new_tokens=new,
         )
         return out[0, ids.shape[1] :].tolist()
 
