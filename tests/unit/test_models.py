@@ -35,7 +35,7 @@ def test_fresh_depends_on_name_and_seed_alone():
 
 
 def test_fresh_values():
-    """Norms 1, biases 0, looked-up vectors of deviation 0.02, matrices of 1 / sqrt(fan-in)."""
+    """Norms 1, biases 0, looked-up vectors of deviation 0.02, what stands beside a patch's embedding 0.5, matrices 1 / sqrt(fan-in)."""
     for name, parameter in build(replace(TINY, use_im_start_end=True)).named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name
@@ -43,8 +43,8 @@ def test_fresh_values():
             assert torch.equal(parameter, torch.ones_like(parameter)), name
         else:
             fan_in = parameter.shape[1:].numel()
-            looked_up = name in ("decoder.embed.weight", "head.weight", "vision.positions", "vision.class_token", "image_vectors")
-            expected = 0.02 if looked_up else fan_in**-0.5
+            looked_up = name in ("decoder.embed.weight", "head.weight", "image_vectors")
+            expected = 0.02 if looked_up else 0.5 if name in ("vision.positions", "vision.class_token") else fan_in**-0.5
             assert abs(parameter.std() / expected - 1) < 4 / parameter.numel() ** 0.5, name
 
 
