@@ -13,8 +13,6 @@ from PIL import Image
 
 HELD_OUT = 1200
 """Digits that no training sample shows."""
-COPIES = 2
-"""Pictures of each training digit: as it is, and slightly turned, scaled and shifted, since 8,800 are few to learn to see from."""
 
 WHAT = ("Which digit is this?", "What digit is shown?", "What number do you see?", "Read the digit.", "Name this digit.")
 EVEN = ("Is it even?", "Is this digit even?", "Is this an even number?", "Is the number shown even?")
@@ -46,11 +44,8 @@ def write(folder: Path) -> None:
     (part / "images").mkdir(parents=True)
     order = np.random.default_rng(0).permutation(len(labels))
     held_out, shown = order[:HELD_OUT], order[HELD_OUT:]
-    for number in held_out:
-        Image.fromarray(images[number]).save(part / "images" / _picture(number), compress_level=1)
-    for number in shown:
-        for copy in range(COPIES):
-            _varied(images[number], number, copy).save(part / "images" / _picture(number, copy), compress_level=1)
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(part / "images" / _picture(number), compress_level=1)
     for name, rows in (("captions", _captions(shown, labels)), ("train", _train(shown, labels)), ("heldout", _held_out(held_out, labels))):
         (part / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
     try:
@@ -61,20 +56,8 @@ def write(folder: Path) -> None:
         shutil.rmtree(part)  # another process was first, with the same bytes
 
 
-def _picture(number: int, copy: int = 0) -> str:
-    return f"{number:05d}{'abcdefgh'[copy - 1] if copy else ''}.png"
-
-
-def _varied(pixels: np.ndarray, number: int, copy: int) -> Image.Image:
-    """Copy 0 is the digit itself; the others are turned by up to 12 degrees, scaled by up to 10 % and shifted by up to 2 pixels."""
-    image = Image.fromarray(pixels)
-    if copy == 0:
-        return image
-    turn, scale, right, down = np.random.default_rng([number, copy]).uniform((-12, 0.9, -2, -2), (12, 1.1, 2, 2))
-    side, angle = len(pixels) / 2 - 0.5, np.deg2rad(turn)
-    a, b = np.cos(angle) / scale, np.sin(angle) / scale
-    matrix = (a, b, side - a * (side + right) - b * (side + down), -b, a, side + b * (side + right) - a * (side + down))
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+def _picture(number: int) -> str:
+    return f"{number:05d}.png"
 
 
 def _sample(kind: str, id: str, images: list[str], *turns: str) -> dict:
@@ -94,17 +77,15 @@ def _captions(shown: np.ndarray, labels: np.ndarray) -> list[dict]:
 
 
 def _train(shown: np.ndarray, labels: np.ndarray) -> list[dict]:
-    """A conversation about each training picture, as many comparisons, and some questions without an image."""
+    """A conversation about each training image, as many comparisons, and some questions without an image."""
     random, rows = np.random.default_rng(1), []
-    for copy in range(COPIES):
-        for place, n in enumerate(shown):
-            digit, even = str(labels[n]), _yes(labels[n] % 2 == 0)
-            what, parity = str(random.choice(WHAT)), str(random.choice(EVEN))
-            form = (place + copy) % 4
-            turns = ((what, digit), (what, digit, parity, even), (parity, even, what, digit), (parity, even))[form]
-            rows.append(_sample("what_is_it" if form < 2 else "even", f"digit-{n}-{copy}", [_picture(n, copy)], *turns))
-            rows.append(_pair(f"pair-{n}-{copy}", shown, labels, random, copies=COPIES, form=("alone", "first", "last")[place % 3]))
-    for place in range(len(shown) // 4):
+    for place, n in enumerate(shown):
+        digit, even = str(labels[n]), _yes(labels[n] % 2 == 0)
+        what, parity = str(random.choice(WHAT)), str(random.choice(EVEN))
+        turns = ((what, digit), (what, digit, parity, even), (parity, even, what, digit), (parity, even))[place % 4]
+        rows.append(_sample("what_is_it" if place % 4 < 2 else "even", f"digit-{n}", [_picture(n)], *turns))
+        rows.append(_pair(f"pair-{n}", shown, labels, random, form=("alone", "first", "last")[place % 3]))
+    for place in range(len(shown) // 8):
         a, b = (int(x) for x in random.choice(10, 2, replace=False))
         if place % 2:
             rows.append(_sample("even", f"text-{place}", [], str(random.choice(EVEN_TEXT)).format(a=a), _yes(a % 2 == 0)))
@@ -113,17 +94,16 @@ def _train(shown: np.ndarray, labels: np.ndarray) -> list[dict]:
     return rows
 
 
-def _pair(id: str, among: np.ndarray, labels: np.ndarray, random: np.random.Generator, *, copies: int = 1, form: str = "alone") -> dict:
+def _pair(id: str, among: np.ndarray, labels: np.ndarray, random: np.random.Generator, *, form: str = "alone") -> dict:
     """Two pictures of different digits and which is larger; asked `alone`, or `last` after or `first` before what both are."""
     while True:
         first, second = (int(n) for n in among[random.integers(0, len(among), 2)])
         if labels[first] != labels[second]:
             break
-    pictures = [_picture(n, int(random.integers(copies))) for n in (first, second)]
     larger = (str(random.choice(LARGER)), "first" if labels[first] > labels[second] else "second")
     both = (str(random.choice(BOTH)), f"{labels[first]} and {labels[second]}")
     turns = {"alone": larger, "last": both + larger, "first": larger + both}[form]
-    return _sample("larger", id, pictures, *turns)
+    return _sample("larger", id, [_picture(first), _picture(second)], *turns)
 
 
 def _held_out(held_out: np.ndarray, labels: np.ndarray) -> list[dict]:
