@@ -20,7 +20,7 @@ from neva import config as tree
 from neva.checkpoint import store
 from neva.job import InitConfig, TrainConfig
 from neva.parallel import mesh as ranks
-from neva.training.metrics import Reporter, cut_back
+from neva.training.metrics import Reporter, StepReport, cut_back
 from neva.training.stage import Stage, check, prepare, save, train_step
 
 Say = Callable[[str], None]
@@ -153,7 +153,7 @@ def _open_run(stages: tuple[TrainConfig, ...], found: Path | None, run: _Run) ->
         except BlockingIOError:
             problem = f"another process is training in {out}. Wait for it or stop it, or choose another folder: out=FOLDER."
         except OSError as error:
-            problem = f"cannot write to the run folder {out} ({error.strerror}: {error.filename}). Make it writable, or choose another: out=FOLDER."
+            problem = f"cannot write to the run folder {out} ({error.strerror}): make it writable or free some space, or choose another: out=FOLDER."
     if problem := ranks.share(problem)[0]:
         raise ValueError(problem)
 
@@ -190,9 +190,10 @@ def _train_stage(stage: Stage, last_step: int, *, on_evaluate: Evaluate | None, 
         while stage.step < config.steps:
             since = time.monotonic()
             report = train_step(stage, next(steps), since=since)
-            if reporter is not None:
-                reporter.write(report)
-            stop = max(ranks.share(run.signals.seen))
+            told = ranks.share((run.signals.seen, _write(reporter, report)))
+            if problem := told[0][1]:
+                raise ValueError(problem)
+            stop = max(seen for seen, _ in told)
             evaluate = on_evaluate is not None and bool(config.evaluate.every) and stage.step % config.evaluate.every == 0
             due = bool(config.checkpoint.every) and stage.step % config.checkpoint.every == 0
             if due or stop or evaluate or stage.step == config.steps:
@@ -210,6 +211,17 @@ def _train_stage(stage: Stage, last_step: int, *, on_evaluate: Evaluate | None, 
     finally:
         if reporter is not None:
             reporter.close()
+
+
+def _write(reporter: Reporter | None, report: StepReport) -> str:
+    """Record a step on the first rank; what went wrong."""
+    try:
+        if reporter is not None:
+            reporter.write(report)
+    except OSError as error:
+        place = reporter.out / "metrics.jsonl" if reporter else ""
+        return f"cannot write step {report.step} to {place} ({error.strerror}): free some space, then go on with --resume auto"
+    return ""
 
 
 def choose_precision(wanted: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -178,8 +179,9 @@ class Reporter:
         self.say(f"{self.config.name} {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
 
     def close(self) -> None:
-        """Flush everything."""
-        self.file.close()
+        """Flush everything. What could not be written was an error at its step."""
+        with suppress(OSError):
+            self.file.close()
         for part, method in ((self.board, "close"), (self.bar, "stop")):
             if part is not None:
                 getattr(part, method)()

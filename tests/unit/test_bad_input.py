@@ -1,7 +1,10 @@
 """What a user gets wrong ends in one error line with the sample or key and the fix, a non-zero exit code, and nothing lost."""
 
 import fcntl
+import errno
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from neva.cli import main
+from neva.training.metrics import Reporter, StepReport
 from tests import runs
 
 SMALL = (
@@ -180,6 +184,83 @@ def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     must_fail(train(tmp_path / "file" / "run"), "file")
     must_fail(train(tmp_path / "file"), "file")
+
+
+def test_what_would_stop_a_later_stage_is_found_before_the_first(tmp_path: Path) -> None:
+    for override, words in {
+        "finetune:batch.rows=3": ("batch.rows is 3", "set it to 2 or 4"),
+        "finetune:trainable=[projectr.*]": ("projectr.*",),
+        "finetune:init=/nowhere": ("/nowhere", "there is no such path"),
+        "finetune:evaluate.every=1": ("stage finetune", "evaluate.source=FILE"),
+        "finetune:evaluate={every: 1, source: /nowhere.json}": ("/nowhere.json",),
+        "finetune:checkpoint.every=-1": ("stage finetune", "checkpoint.every=-1"),
+        "finetune:data={source: /nowhere.json}": ("stage finetune", "/nowhere.json"),
+        "finetune:data.image_folder=/nowhere": ("stage finetune", "data.source"),
+    }.items():
+        result = neva("train", "llava-tiny", *SMALL, "data.sources.0.mock.words=[4,20]", "batch.micro_rows=2", f"out={tmp_path / 'run'}", override)
+        must_fail(result, *words)
+        assert not (tmp_path / "run").exists(), override
+
+
+def test_an_image_folder_that_is_not_there(tmp_path: Path) -> None:
+    path = data_file(tmp_path, GOOD)
+    must_fail(train(tmp_path / "run", f"data.source={path}", "data.image_folder=/nowhere"), "the image folder /nowhere is not there")
+    must_fail(train(tmp_path / "run", f"data.source={path}"), "'good'", "image_folder")
+
+
+def test_a_corrupt_checkpoint_answers_nothing(tmp_path: Path) -> None:
+    taken = train(tmp_path / "run")
+    assert taken.exit_code == 0, taken.output
+    weights = tmp_path / "run" / "checkpoints" / "step_2" / "weights" / "__0_0.distcp"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    held_out = data_file(tmp_path, runs.row("a", "What?", "x"))
+    for command in (("generate", tmp_path / "run", "--prompt", "x"), ("eval", tmp_path / "run", "--data", held_out)):
+        must_fail(neva(*command), "__0_0.distcp", "corrupt")
+    must_fail(train(tmp_path / "next", f"init={tmp_path / 'run'}"), "__0_0.distcp", "corrupt")
+
+
+def test_a_question_that_does_not_fit_names_the_sample(tmp_path: Path) -> None:
+    taken = train(tmp_path / "run")
+    assert taken.exit_code == 0, taken.output
+    runs.picture(tmp_path / "a.png", (1, 2, 3))
+    for args, words in (
+        (("--prompt", "<image><image>?", "--image", tmp_path / "a.png"), ("2 <image>", "1 image")),
+        (("--prompt", "word " * 3000), ("positions end at 2048",)),
+        (("--data", data_file(tmp_path, runs.row("bad", "<image>?", "x", image="none.png")), "--image-folder", tmp_path), ("'bad'", "none.png")),
+    ):
+        must_fail(neva("generate", tmp_path / "run", *args), *words)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/mounts").exists(), reason="mounts a small disk, which only root may do, on Linux")
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], check=True)
+    try:
+        out = disk / "run"
+        more = ("steps=6", "checkpoint.every=2", "checkpoint.keep_last=0", "precision=fp32")
+        must_fail(train(out, *more), "step_4.tmp: No space left on device", "are free", "Older checkpoints are untouched")
+        assert runs.steps_kept(out) == [2] and not list((out / "checkpoints").glob("*.tmp"))
+        good = runs.digests(out / "checkpoints" / "step_2")
+        free = shutil.disk_usage(disk).free
+        (disk / "full").write_bytes(bytes(free))
+        must_fail(train(out, *more, "--resume", "auto"), f"cannot write to the run folder {out} (No space left on device)", "out=FOLDER")
+        assert runs.digests(out / "checkpoints" / "step_2") == good and len(runs.metrics(out)) == 4
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_metrics_that_cannot_be_written_stop_the_run_and_say_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Reporter, report: StepReport) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Reporter, "write", full)
+        must_fail(train(tmp_path / "run"), f"cannot write step 1 to {tmp_path / 'run' / 'metrics.jsonl'} (No space left on device)", "--resume auto")
+    assert train(tmp_path / "run", "--resume", "auto").exit_code == 0
+    assert [line["step"] for line in runs.metrics(tmp_path / "run")] == [1, 2]
 
 
 def test_a_full_disk_names_the_path_and_keeps_older_checkpoints(tmp_path: Path) -> None:
