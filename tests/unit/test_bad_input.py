@@ -1,7 +1,7 @@
 """What a user gets wrong ends in one error line with the sample or key and the fix, a non-zero exit code, and nothing lost."""
 
-import fcntl
 import errno
+import fcntl
 import json
 import os
 import shutil
