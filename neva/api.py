@@ -105,12 +105,12 @@ def _score(config: TrainConfig, checkpoint: Path) -> dict[str, float]:
     return evaluation.accuracy([j for part in ranks.share(judged) for j in part])
 
 
-def demo(*, out: str = "runs/demo", overrides: Sequence[str] = (), say: Callable[[str], None] = print) -> dict:
-    """Train the demo recipe, or go on with it, and write report.json and report.html into `out`; gives the report."""
+def demo(overrides: Sequence[str] = (), *, say: Callable[[str], None] = print) -> dict:
+    """Train the demo recipe, or go on with it, and write report.json and report.html into its `out`; gives the report."""
     started = time.monotonic()
-    run = Path(out)
+    stages = resolve(recipe("demo", overrides))
+    run = Path(stages[0].out)
     before = sum(line["seconds"] for line in report.metrics(run)) if (run / "metrics.jsonl").exists() else 0.0
-    stages = resolve(recipe("demo", [*overrides, f"out={out}"]))
     last = train(stages, resume="auto", say=say)
     loaded = load(last)
     held_out = LlavaSource(run / "data" / "heldout.json", run / "data" / "images")
@@ -130,7 +130,7 @@ def demo(*, out: str = "runs/demo", overrides: Sequence[str] = (), say: Callable
     (run / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     report.write(run / "report.html", report=result, plots=report.loss_plots(lines), shown=report.chosen(judged))
     rows = (f"  {kind:<12} {result['accuracy'][kind]:6.1%}   without an image {result['baselines'][kind]:6.1%}" for kind in result["accuracy"])
-    ask = f"neva generate {out} --image {run}/data/images/00000.png --prompt 'Which digit is this?'"
+    ask = f"neva generate {run} --image {run}/data/images/00000.png --prompt 'Which digit is this?'"
     say("\n".join(["Held-out accuracy:", *rows, f"{result['seconds']:.0f} seconds. See {run / 'report.html'}; ask it yourself: {ask}"]))
     return result
 

@@ -77,12 +77,11 @@ def train(ctx: click.Context, recipe: str, overrides: tuple[str, ...], resume: s
 
 @main.command()
 @click.argument("overrides", nargs=-1)
-@click.option("--out", default="runs/demo", show_default=True, metavar="FOLDER", help="Where the run is written.")
-def demo(overrides: tuple[str, ...], out: str) -> None:
-    """Train a tiny model on handwritten digits, then let it answer questions about new ones."""
+def demo(overrides: tuple[str, ...]) -> None:
+    """Train a tiny model on handwritten digits, then let it answer questions about new ones; out=runs/demo and all else as in `train`."""
     from neva import api
 
-    api.demo(out=out, overrides=overrides)
+    api.demo(overrides)
 
 
 @main.command()

@@ -15,10 +15,10 @@ GREY, SPREAD = 0.1307, 0.3081
 """Mean and deviation of the digits' pixels."""
 
 MODEL = VLMConfig(
-    decoder=DecoderConfig(vocab=512, width=128, layers=4, heads=4, kv_heads=2, ffn=352, max_positions=1024),
+    decoder=DecoderConfig(vocab=512, width=128, layers=2, heads=4, kv_heads=2, ffn=352, max_positions=1024),
     vision=VisionConfig(
         image=28,
-        patch=4,
+        patch=7,
         width=128,
         layers=4,
         heads=4,
@@ -57,8 +57,8 @@ def demo() -> tuple[TrainConfig, ...]:
         name="finetune",
         trainable=("*",),
         data=replace(pretrain.data, sources=(_digits("train"),), template="v1", system=""),
-        optim=OptimConfig(lr=1e-3, min_lr=2e-5, warmup=20.0, betas=(0.9, 0.98), weight_decay=0.05),
-        steps=760,
+        optim=OptimConfig(lr=1e-3, min_lr=2e-5, warmup=20.0, betas=(0.9, 0.98), weight_decay=0.1),
+        steps=700,
     )
     return pretrain, finetune
 

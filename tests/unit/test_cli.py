@@ -89,9 +89,9 @@ def test_train_with_nproc_starts_that_many_ranks_of_the_same_command(api: FakeAp
 
 def test_demo_and_show_pass_what_they_are_given(api: FakeApi) -> None:
     api.answer = "name: a\n"
-    assert run("demo", "--out", "there", "steps=3").exit_code == 0
+    assert run("demo", "out=there", "steps=3").exit_code == 0
     assert run("show", "demo", "steps=3").output == "name: a\n"
-    assert api.calls == [("demo", (), {"out": "there", "overrides": ("steps=3",)}), ("show", ("demo", ("steps=3",)), {})]
+    assert api.calls == [("demo", (("out=there", "steps=3"),), {}), ("show", ("demo", ("steps=3",)), {})]
 
 
 def test_recipes_lists_names_stages_and_descriptions(monkeypatch: pytest.MonkeyPatch) -> None:
