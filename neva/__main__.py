@@ -1,9 +1,13 @@
-"""`python -m neva`; torchrun starts its ranks so."""
+"""What the shell runs: `neva`, and `python -m neva`, as torchrun starts its ranks."""
 
 from neva import launch
 from neva.cli import main
 
+
+def run() -> None:
+    """The `neva` command."""
+    launch.end_at_once(lambda: main(prog_name="neva"))
+
+
 if __name__ == "__main__":
-    if launch.is_rank():
-        launch.end_at_once(lambda: main(prog_name="neva"))
-    main(prog_name="neva")
+    run()

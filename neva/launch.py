@@ -30,11 +30,6 @@ def local(argv: list[str], nproc: int) -> int:
     return 0
 
 
-def is_rank() -> bool:
-    """Did torchrun start this process?"""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def end_at_once(command: Callable[[], object]) -> NoReturn:
     """Run a command that ends in SystemExit, flush what it printed, and end the process without Python's own clearing up.
 

@@ -3,6 +3,7 @@
 Shapes: b rows, s tokens in a row, d width, l labelled tokens, v vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from neva.batch import IGNORE
 from neva.models.layers import Attention, Documents, GatedMLP, PackedAttention, RMSNorm, rope_tables
 
-HEAD_CHUNK = 2**23
-"""Most logits that the loss computes at a time: 32 MiB in fp32."""
+HEAD_TILE = {"cpu": 2**21, "cuda": 2**27}
+"""Most logits that the loss computes at a time: 8 MiB in fp32 stay in a CPU's cache, 512 MiB fill a GPU."""
+HEAD_TOKENS = 2**13
+"""Most tokens of these; with fewer, a tile holds more of the vocabulary."""
 HEAD_KEPT = 2**25
 """Most logits that the loss keeps for backward in place of computing them again: 1048 labelled tokens of a vocabulary of 32,000."""
 
@@ -115,50 +118,73 @@ class Head(nn.Module):
 
 
 class LinearLoss(torch.autograd.Function):
-    """Cross-entropy of x @ weight.T in chunks of tokens.
+    """Cross-entropy of x @ weight.T, in tiles of some tokens and a part of the vocabulary.
 
-    In place of the fp32 logits of all tokens and their gradient, memory holds one chunk of each. The exponentials of all
-    tokens are kept for backward in the dtype of x while they are few (`HEAD_KEPT`), else each chunk is computed again.
-    The values are those of `F.cross_entropy`.
+    In place of the fp32 logits of all tokens and their gradient, memory holds one tile of each; a tile is as wide as it may be
+    in tokens, so that each row of the weight's gradient is written once. The exponentials of all tokens are kept for backward
+    in the dtype of x while they are few (`HEAD_KEPT`), else each tile is computed again. The values are those of
+    `F.cross_entropy`.
     """
 
     @staticmethod
     def forward(ctx, x: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], targets: Int64[Tensor, " n"]) -> Float[Tensor, " n"]:
-        ctx.rows = max(1, HEAD_CHUNK // weight.shape[0])
-        losses, kept = [], []
-        for part, target in zip(x.split(ctx.rows), targets.split(ctx.rows), strict=True):
-            exponentials, total, chosen = _exponentials(part, weight, target)
-            losses.append((total.log() - chosen).masked_fill(target == IGNORE, 0))
-            if x.shape[0] * weight.shape[0] <= HEAD_KEPT:
-                kept += [exponentials.to(x.dtype), total]
-        ctx.save_for_backward(x, weight, targets, *kept)
+        keep = x.shape[0] * weight.shape[0] <= HEAD_KEPT
+        losses, sums, kept = [], [], []
+        for part, target in zip(x.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True):
+            log_sum = chosen = None
+            for start, rows in _vocabulary(weight, part.shape[0]):
+                logits = (part @ rows.T).float()
+                here = logits.gather(-1, (target - start).clamp(0, rows.shape[0] - 1)[:, None])[:, 0]
+                chosen = here if chosen is None else torch.where(target >= start, here, chosen)
+                largest = logits.amax(-1)
+                exponentials = logits.sub_(largest[:, None]).exp_()
+                part_sum = largest + exponentials.sum(-1).log()
+                log_sum = part_sum if log_sum is None else torch.logaddexp(log_sum, part_sum)
+                if keep:
+                    kept += [exponentials.to(x.dtype), largest]
+            assert log_sum is not None and chosen is not None, "a vocabulary has at least one token"
+            sums.append(log_sum)
+            losses.append((log_sum - chosen).masked_fill(target == IGNORE, 0))
+        ctx.save_for_backward(x, weight, targets, torch.cat(sums), *kept)
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx, grad: Float[Tensor, " n"]):
-        x, weight, targets, *kept = ctx.saved_tensors
+        x, weight, targets, sums, *kept = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
-        grad_x = torch.empty_like(x) if need_x else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        for number, start in enumerate(range(0, x.shape[0], ctx.rows)):
-            at = slice(start, start + ctx.rows)
-            part, target, scale = x[at], targets[at], grad[at].masked_fill(targets[at] == IGNORE, 0)
-            exponentials, total = kept[2 * number : 2 * number + 2] if kept else _exponentials(part, weight, target)[:2]
-            logits = (exponentials * (scale / total)[:, None]).to(x.dtype)  # their gradient: scale * (softmax - 1 at the target)
-            logits[torch.arange(part.shape[0], device=x.device), target.clamp_min(0)] -= scale.to(x.dtype)
-            if grad_x is not None:
-                grad_x[at] = logits @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(logits.T, part) if x.dtype == torch.float32 else grad_weight.add_(logits.T @ part)
-        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None
+        grad_x = torch.empty_like(x, dtype=torch.float32) if need_x else None
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
+        tiles = iter(kept)
+        for first in range(0, max(1, x.shape[0]), HEAD_TOKENS):  # once for no token at all: a gradient of 0
+            at = slice(first, first + HEAD_TOKENS)
+            part, target, log_sum, scale = x[at], targets[at], sums[at], grad[at].masked_fill(targets[at] == IGNORE, 0)
+            for start, rows in _vocabulary(weight, part.shape[0]):
+                if kept:
+                    logits = next(tiles) * (scale * (next(tiles) - log_sum).exp())[:, None]
+                else:
+                    logits = (part @ rows.T).float().sub_(log_sum[:, None]).exp_().mul_(scale[:, None])
+                # Now the gradient of the logits: scale * (softmax - 1 at the target).
+                inside = (target >= start) & (target < start + rows.shape[0])
+                logits.scatter_add_(-1, torch.where(inside, target - start, 0)[:, None], (-scale * inside)[:, None])
+                logits = logits.to(x.dtype)
+                if grad_x is not None:
+                    _add_product(grad_x[at], logits, rows, first=start == 0)
+                if grad_weight is not None:
+                    _add_product(grad_weight[start : start + rows.shape[0]], logits.T, part, first=first == 0)
+        return None if grad_x is None else grad_x.to(x.dtype), None if grad_weight is None else grad_weight.to(weight.dtype), None
 
 
-def _exponentials(
-    x: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], targets: Int64[Tensor, " n"]
-) -> tuple[Float[Tensor, "n v"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """exp(logit - largest logit) in fp32, their sum, and the target's logit - largest logit."""
-    logits = (x @ weight.T).float()
-    largest = logits.amax(-1, keepdim=True)
-    chosen = logits.gather(-1, targets.clamp_min(0)[:, None]) - largest
-    exponentials = logits.sub_(largest).exp_()
-    return exponentials, exponentials.sum(-1), chosen[:, 0]
+def _add_product(out: Float[Tensor, "n m"], a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], *, first: bool) -> None:
+    """out = a @ b the first time, then out += a @ b; `out` is fp32 whatever the factors are."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        out.copy_(a @ b)
+    else:
+        out.add_(a @ b)
+
+
+def _vocabulary(weight: Float[Tensor, "v d"], tokens: int) -> Iterator[tuple[int, Float[Tensor, "w d"]]]:
+    """Parts of the vocabulary, each with its first id, so that `tokens` times a part is a tile."""
+    width = max(1, HEAD_TILE[weight.device.type] // max(1, tokens))
+    yield from zip(range(0, weight.shape[0], width), weight.split(width), strict=True)

@@ -69,18 +69,19 @@ def killed_and_resumed(out: Path, whole: Path, *, precision: str, workers: int, 
     """Kill and resume until it was killed `kills` times and then finish; the number of saves that were cut off."""
     chance, cut = random.Random(seed), 0
     command = ("train", *PLAN, f"precision={precision}", f"data.workers={workers}", f"out={out}")
-    done = 0
+    done, most = 0, 0
     while done < kills:
         process = runs.start(*command, "--resume", "auto")
         in_save, children = kill_somewhere(process, out, chance, in_save=done % 2 == 1)
-        if process.returncode == 0:  # it was faster than us: take some of it back, and go on
+        if process.poll() is not None and process.returncode != -signal.SIGKILL:  # it was faster than us: take some of it back, and go on
+            said = "" if process.stdout is None or process.stdout.closed else runs.finish(process)
+            assert process.returncode == 0, said
             for folder in store.published(out / "checkpoints")[: chance.randint(1, 4)]:
                 shutil.rmtree(folder)
             continue
-        assert process.returncode == -signal.SIGKILL
-        assert len(children) >= workers
         assert runs.survivors(children) == [], "processes outlived the run that had started them"
-        done, cut = done + 1, cut + in_save
+        done, cut, most = done + 1, cut + in_save, max(most, len(children))
+    assert most >= workers, "no kill found all workers running"
     runs.run(*command, "--resume", "auto")
     check_equal(out, whole)
     return cut
