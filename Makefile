@@ -45,6 +45,7 @@ soak: $(DEV) ## long matrices, hundreds of kills: hours
 
 lint: $(DEV) ## style, types and the house rules
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/test_house.py
 

@@ -75,7 +75,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def nearest(word: str, options: Iterable[str]) -> str:
-    """" Did you mean 'x'?" for the option closest to `word`, else the options themselves; "" if there are none."""
+    """The end of a message: that the option closest to `word` may be meant, else all options; empty if there are none."""
     options = list(options)
     close = difflib.get_close_matches(word, options, n=1)
     if close:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from neva.batch import IGNORE
 from neva.models.layers import Attention, Documents, GatedMLP, PackedAttention, RMSNorm, rope_tables
 
-HEAD_TILE = {"cpu": 2**21, "cuda": 2**27}
-"""Most logits that the loss computes at a time: 8 MiB in fp32 stay in a CPU's cache, 512 MiB fill a GPU."""
+HEAD_TILE = 2**21
+"""Most logits that the loss computes at a time on a CPU: 8 MiB in fp32, which stay in its cache. 64 times as many fill an accelerator."""
 HEAD_TOKENS = 2**13
 """Most tokens of these; with fewer, a tile holds more of the vocabulary."""
 HEAD_KEPT = 2**25
@@ -186,5 +186,6 @@ def _add_product(out: Float[Tensor, "n m"], a: Float[Tensor, "n k"], b: Float[Te
 
 def _vocabulary(weight: Float[Tensor, "v d"], tokens: int) -> Iterator[tuple[int, Float[Tensor, "w d"]]]:
     """Parts of the vocabulary, each with its first id, so that `tokens` times a part is a tile."""
-    width = max(1, HEAD_TILE[weight.device.type] // max(1, tokens))
+    tile = HEAD_TILE if weight.device.type == "cpu" else 64 * HEAD_TILE
+    width = max(1, tile // max(1, tokens))
     yield from zip(range(0, weight.shape[0], width), weight.split(width), strict=True)

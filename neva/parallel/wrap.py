@@ -60,8 +60,7 @@ def parallelize(model: VLM, mesh: DeviceMesh, *, precision: str, recompute: str 
         own = [p for p in module.parameters() if p not in sharded]
         if half and not any(p.requires_grad for p in own):
             _store_in_half(module, set(own))
-        # Parameters gathered for forward stay for backward where nothing is gained by freeing them between.
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         sharded.update(module.parameters())
     for module in model.modules():
         if isinstance(module, FSDPModule):

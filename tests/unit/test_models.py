@@ -246,7 +246,7 @@ def test_rope_turns_pairs():
 @pytest.mark.parametrize("needs", ["both", "x", "weight"])
 def test_linear_loss(n, needs, kept, monkeypatch):
     """Losses and gradients of several tiles equal F.cross_entropy's, with targets that are ignored and uneven output gradients."""
-    monkeypatch.setitem(decoder.HEAD_TILE, "cpu", 8 * 50)
+    monkeypatch.setattr(decoder, "HEAD_TILE", 8 * 50)
     monkeypatch.setattr(decoder, "HEAD_TOKENS", 16)
     monkeypatch.setattr(decoder, "HEAD_KEPT", 2**25 if kept else -1)
     generator = torch.Generator().manual_seed(n)
@@ -269,7 +269,7 @@ def test_linear_loss(n, needs, kept, monkeypatch):
 @pytest.mark.parametrize("kept", [2**25, -1], ids=["kept", "again"])
 def test_linear_loss_bfloat16(kept, monkeypatch):
     """In bf16 the losses are those of the bf16 logits in fp32 arithmetic, and gradients as near as 8 bits allow."""
-    monkeypatch.setitem(decoder.HEAD_TILE, "cpu", 64 * 50)
+    monkeypatch.setattr(decoder, "HEAD_TILE", 64 * 50)
     monkeypatch.setattr(decoder, "HEAD_TOKENS", 64)
     monkeypatch.setattr(decoder, "HEAD_KEPT", kept)
     x, weight = torch.randn(150, 32).bfloat16().requires_grad_(), torch.randn(200, 32).bfloat16().requires_grad_()
