@@ -27,7 +27,7 @@ from neva.batch import IGNORE, IMAGE
 from neva.data.encode import Encoder
 from neva.data.sample import Encoded
 from neva.data.tokenizer import Tokenizer
-from neva.infer.generate import Loaded, Sampling, generate_encoded
+from neva.infer.generate import Loaded, Sampling, generate_encoded, lay_out_for_decoding
 from neva.models.vit import VisionConfig, normalise
 from neva.models.vlm import VLM
 
@@ -64,6 +64,7 @@ class Ours:
         with torch.device("meta"):
             model = VLM(config)
         model.load_state_dict(weights, assign=True)
+        lay_out_for_decoding(model)
         encoder = Encoder(tokenizer=NoText({}), template="v1", system=None, layout=config.layout)
         self.loaded = Loaded(model=model.eval().requires_grad_(False), encoder=encoder, device=torch.device("cpu"), folder=folder)
 

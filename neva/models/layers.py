@@ -85,6 +85,10 @@ _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+SHORT = 400
+"""Documents of fewer tokens go backward in fp32 on the CPU: its bf16 kernel takes 2.6 times as long at 100 tokens, 0.7 times at 1,000."""
+
+
 def _spans(cu_seqlens: Tensor, segments: Tensor) -> list[tuple[int, int, bool]]:
     """Start, length and "is no padding" of each document: they cover all tokens in order."""
     bounds, real = cu_seqlens.tolist(), (segments > 0).flatten().tolist()
@@ -126,8 +130,11 @@ def document_attention_backward(grad: Tensor, saved: list[Tensor], cu_seqlens: T
     grads: tuple[list[Tensor], ...] = ([], [], [])
     for start, length, real in _spans(cu_seqlens, segments):
         if real:
-            pieces = _cpu_backward(*(_one(x, start, length) for x in (grad, *saved)), 0.0, True)
-            pieces = [piece[0].transpose(0, 1) for piece in pieces]
+            given = [_one(x, start, length) for x in (grad, *saved)]
+            if length < SHORT:
+                given = [x.float() for x in given]
+            pieces = _cpu_backward(*given, 0.0, True)
+            pieces = [piece[0].transpose(0, 1).to(grad.dtype) for piece in pieces]
         else:
             pieces = [x.new_zeros(length, *x.shape[1:]) for x in saved[:3]]
         for whole, piece in zip(grads, pieces, strict=True):

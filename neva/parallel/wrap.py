@@ -60,7 +60,8 @@ def parallelize(model: VLM, mesh: DeviceMesh, *, precision: str, recompute: str 
         own = [p for p in module.parameters() if p not in sharded]
         if half and not any(p.requires_grad for p in own):
             _store_in_half(module, set(own))
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        # Parameters gathered for forward stay for backward where nothing is gained by freeing them between.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
         sharded.update(module.parameters())
     for module in model.modules():
         if isinstance(module, FSDPModule):

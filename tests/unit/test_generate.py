@@ -18,7 +18,9 @@ from neva.cli import main
 from neva.data.sample import Sample, Turn
 from neva.data.source import LlavaSource
 from neva.data.tokenizer import JsonTokenizer
-from neva.infer.generate import Loaded, Sampling, draw, generate
+from neva.infer.generate import Loaded, Sampling, draw, generate, lay_out_for_decoding
+from neva.models.vlm import VLM
+from neva.recipes.demo import MODEL
 from tests import runs
 from tests.packed import Item, pack
 
@@ -101,6 +103,20 @@ def test_cached_greedy_decoding_is_the_argmax_of_full_forwards(loaded: Loaded) -
             assert list(answer.tokens) == expected
             assert answer.text == model.encoder.tokenizer.decode(expected).strip()
             assert answer.finish == ("length" if len(expected) == 12 else "stop")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_layout_for_decoding_changes_no_value(tied: bool) -> None:
+    model = VLM(replace(MODEL, decoder=replace(MODEL.decoder, tied=tied))).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_()
+    x, ids = torch.randn(5, MODEL.decoder.width), torch.tensor([0, 3, 511, 3])
+    matrix = model.decoder.embed.weight if tied else model.head.weight
+    assert matrix is not None
+    logits, embedded = model.head(x, tied=matrix), model.decoder.embed(ids)
+    lay_out_for_decoding(model)
+    assert matrix.shape == (512, 128) and matrix.T.is_contiguous()
+    assert torch.allclose(model.head(x, tied=matrix), logits, rtol=1e-5, atol=1e-4) and torch.equal(model.decoder.embed(ids), embedded)
 
 
 def test_the_model_learned_something(loaded: Loaded) -> None:
