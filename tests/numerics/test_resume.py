@@ -78,6 +78,8 @@ def killed_and_resumed(out: Path, whole: Path, *, precision: str, workers: int, 
             assert process.returncode == 0, said
             for folder in store.published(out / "checkpoints")[: chance.randint(1, 4)]:
                 shutil.rmtree(folder)
+            lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+            (out / "metrics.jsonl").write_text("".join(lines[: max(runs.steps_kept(out), default=0)]))  # else no later run has more steps
             continue
         assert runs.survivors(children) == [], "processes outlived the run that had started them"
         done, cut, most = done + 1, cut + in_save, max(most, len(children))
