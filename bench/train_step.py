@@ -9,10 +9,11 @@ of the text. All parameters train: fused AdamW at a constant rate, gradients cli
 * ours: the product's path: Packer and collate over the same samples, rows of 2048 tokens, 5 rows to a step so that it averages 32
   samples; mesh and FSDP2 on one gloo rank; `train_step` with its metrics. bf16 is precision="bf16" (fp32 master weights).
 
-Batches are made before the clock starts. A repeat is one pass of each side over all samples, in turn; `ours` and `peer` are medians in
-useful tokens (text and image, no padding) per second, `ratio` is the median of the repeats' ratios. Before that the first loss of
-both sides is compared. `memory` is the peak resident memory of a process that makes one fp32 pass (the peer's shuffled) in MiB,
-each side in a process of its own; `ours_above` and `peer_above` are what training adds to the loaded model.
+Each side lives in a process of its own, which waits while the other works: in one process the peer's large blocks spoil our allocator,
+and ours theirs. Batches are made before the clock starts. A repeat is one pass of each side over all samples, in turn; `ours` and
+`peer` are medians in useful tokens (text and image, no padding) per second, `ratio` is the median of the repeats' ratios. Before that
+the first loss of both sides is compared. `memory` is the peak resident memory of a process that makes one fp32 pass (the peer's
+shuffled) in MiB, each side in a process of its own; `ours_above` and `peer_above` are what training adds to the loaded model.
 
 Prints JSON lines; progress goes to stderr.
 """
@@ -24,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -154,32 +155,49 @@ class Peer:
         self.optimizer.zero_grad()
 
 
-def speed(folder: Path, samples: list[Encoded], precision: str, orders: Sequence[str], repeats: int) -> Iterator[dict]:
+HERE: dict = {}
+"""In a side's process: the side, and its batches per order."""
+
+
+def set_up(side: str, folder: Path, precision: str, count: int, orders: Sequence[str]) -> tuple[float, int]:
+    """In a new process: make a side and its batches, and take a step of each order. The first loss and the steps of a pass."""
+    samples = make_samples(count)
+    made = HERE["side"] = Ours(folder, precision) if side == "ours" else Peer(folder, precision)
+    loss = made.loss(samples[:4])
+    HERE["work"] = {order: list(pack(samples) if side == "ours" else in_fours(samples, order)) for order in orders}
+    for batches in HERE["work"].values():
+        made.step(batches[0])
+    return loss, len(batches)
+
+
+def go_through(order: str) -> float:
+    """Seconds of a pass over all samples."""
+    started = time.perf_counter()
+    for batch in HERE["work"][order]:
+        HERE["side"].step(batch)
+    return time.perf_counter() - started
+
+
+def speed(folder: Path, count: int, precision: str, orders: Sequence[str], repeats: int) -> Iterator[dict]:
     """The rows of one precision: a repeat is ours, then the peer in each order."""
-    ours, peer = Ours(folder, precision), Peer(folder, precision)
-    first = samples[:4]
-    losses = ours.loss(first), peer.loss(first)
-    assert precision == "bf16" or abs(losses[0] - losses[1]) < 1e-3, f"the first losses differ: {losses}"
-    work: dict[str, tuple[Callable, list]] = {"ours": (ours.step, list(pack(samples)))}
-    work |= {order: (peer.step, list(in_fours(samples, order))) for order in orders}
-    tokens = sum(len(sample.tokens) for sample in samples)
-    log(f"{precision}: first loss {losses[0]:.5f} ours, {losses[1]:.5f} peer; {tokens} tokens, {len(work['ours'][1])} steps ours")
-    for step, batches in work.values():
-        step(batches[0])
-    rates: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(repeats):
-        for name, (step, batches) in work.items():
-            started = time.perf_counter()
-            for batch in batches:
-                step(batch)
-            rates[name].append(tokens / (time.perf_counter() - started))
-        log(f"{precision} {repeat + 1}/{repeats}: " + ", ".join(f"{name} {rate[-1]:.0f} tokens/s" for name, rate in rates.items()))
+    alone = get_context("spawn")
+    tokens = sum(len(sample.tokens) for sample in make_samples(count))
+    with ProcessPoolExecutor(1, mp_context=alone) as ours, ProcessPoolExecutor(1, mp_context=alone) as peer:
+        first, steps = ours.submit(set_up, "ours", folder, precision, count, ["ours"]).result()
+        theirs, _ = peer.submit(set_up, "peer", folder, precision, count, orders).result()
+        assert precision == "bf16" or abs(first - theirs) < 1e-3, f"the first losses differ: {first}, {theirs}"
+        log(f"{precision}: first loss {first:.5f} ours, {theirs:.5f} peer; {tokens} tokens, {steps} steps ours")
+        rates: dict[str, list[float]] = {name: [] for name in ("ours", *orders)}
+        for repeat in range(repeats):
+            for name in rates:
+                rates[name].append(tokens / (ours if name == "ours" else peer).submit(go_through, name).result())
+            log(f"{precision} {repeat + 1}/{repeats}: " + ", ".join(f"{name} {rate[-1]:.0f} tokens/s" for name, rate in rates.items()))
     for order in orders:
         ratios = [a / b for a, b in zip(rates["ours"], rates[order], strict=True)]
         yield {
             "name": f"{order} {precision}", "ours": round(statistics.median(rates["ours"]), 1), "peer": round(statistics.median(rates[order]), 1),
             "ratio": round(statistics.median(ratios), 3), "unit": "useful tokens/s", "ratios": [round(r, 3) for r in ratios],
-            "samples": len(samples), "samples_per_step": round(len(samples) / len(work["ours"][1]), 2), "first_losses": [round(x, 5) for x in losses],
+            "samples": count, "samples_per_step": round(count / steps, 2), "first_losses": [round(first, 5), round(theirs, 5)],
         }  # fmt: skip
 
 
@@ -234,7 +252,7 @@ def main() -> None:
         for precision in ("fp32", "bf16"):
             orders = [name.split()[0] for name in SPEED if name in wanted and name.endswith(precision)]
             if orders:
-                for row in speed(folder, make_samples(chosen.samples), precision, orders, chosen.repeats):
+                for row in speed(folder, chosen.samples, precision, orders, chosen.repeats):
                     emit(row)
         if "memory" in wanted:
             emit(memory(folder, chosen.samples))
