@@ -1,31 +1,129 @@
 """What the command line calls, and what a Python user calls: train, load, generate, evaluate, demo."""
 
+import fcntl
+import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from neva import config as tree
-from neva import recipes
+from neva import plan, recipes
+from neva.checkpoint.convert import import_model
+from neva.checkpoint.export import ExportOptions, export
+from neva.checkpoint.hf import Options
+from neva.checkpoint.inspect import inspect as describe
+from neva.checkpoint.nemo import is_nemo
 from neva.data.sample import MARKER, Picture, Sample, Turn
 from neva.data.source import LlavaSource
 from neva.evaluate import report
 from neva.evaluate import run as evaluation
 from neva.infer.generate import Loaded, Sampling, load
 from neva.infer.generate import generate as generate_batch
-from neva.job import NAMED, TrainConfig
+from neva.job import NAMED, InitConfig, TrainConfig
 from neva.parallel import mesh as ranks
-from neva.recipes.resolve import make_data, resolve
+from neva.recipes import inits, nemo_yaml
+from neva.recipes.nemo_yaml import Line
+from neva.recipes.resolve import make_data, resolve, say_mock
 from neva.training import loop
-from neva.training.stage import frozen_changed
+from neva.training.stage import check, frozen_changed, parameter_table, part_paths
 
-__all__ = ["demo", "evaluate", "generate", "load", "recipe", "show", "train"]
+__all__ = [
+    "convert_config",
+    "demo",
+    "dry_run",
+    "evaluate",
+    "export_checkpoint",
+    "generate",
+    "import_checkpoint",
+    "inspect",
+    "load",
+    "recipe",
+    "show",
+    "train",
+]
 
 
 def recipe(name: str, overrides: Sequence[str] = ()) -> tuple[TrainConfig, ...]:
     """The stages of a recipe (NAME, NAME/STAGE or a saved FILE.yaml) with overrides such as `optim.lr=1e-4` applied."""
-    return tree.override(recipes.get(name), overrides, named=NAMED)
+    stages = tree.override(recipes.get(name), overrides, named=NAMED)
+    if name.endswith((".yaml", ".yml")) or all(stage.init == InitConfig() for stage in stages):
+        return stages
+    return tree.override(inits.fill(stages, fetch), overrides, named=NAMED)  # what was asked for comes before what init brings
+
+
+def import_checkpoint(
+    sources: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    options: Options | None = None,
+    parity: bool = True,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Make a neva checkpoint of a Hugging Face folder (or hf:org/name), or of a decoder's and an encoder's; gives its path.
+
+    Without `out` it lands in $NEVA_CACHE (~/.cache/neva), once. ValueError for what cannot be imported, or computes otherwise here.
+    """
+    options = options or Options()
+    folders = [fetch(str(source)) for source in sources]
+    if out is not None:
+        return import_model(folders, Path(out), options, check=parity, say=say)
+    stamps = [
+        [str(folder.resolve()), *(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(folder.glob("*.*")))] for folder in folders
+    ]
+    name = hashlib.sha256(json.dumps([stamps, str(options), parity]).encode()).hexdigest()[:12]
+    place = cache() / "imports" / f"{folders[0].resolve().name}-{name}"
+    if (place / "manifest.json").exists():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_name(place.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of the ranks of a run one imports, the others wait
+        if not (place / "manifest.json").exists():
+            say(f"Importing {', '.join(map(str, folders))} into {place}")
+            import_model(folders, place, options, check=parity, say=say)
+    return place
+
+
+def cache() -> Path:
+    """Where imports without a place of their own go: $NEVA_CACHE, else ~/.cache/neva."""
+    return Path(os.environ.get("NEVA_CACHE") or Path.home() / ".cache" / "neva")
+
+
+def fetch(source: str) -> Path:
+    """A local folder as it is; `hf:org/name` from the Hugging Face cache, or downloaded into it."""
+    if not source.startswith("hf:"):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = source.removeprefix("hf:")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{source} could not be fetched ({reason}): check the name and the network, or give a local folder") from None
+
+
+def inspect(path: str | Path) -> dict:
+    """What a checkpoint or a Hugging Face folder is: family, sizes, dtypes, tokenizer, template, origin. A checkpoint is verified."""
+    return describe(Path(path))
+
+
+def convert_config(path: str | Path, out: str | Path | None = None) -> tuple[str, list[Line]]:
+    """A NeMo 1.0 neva_config.yaml as our YAML, written to `out` if given, and what became of each of its keys."""
+    stage, lines = nemo_yaml.convert(Path(path))
+    if out is not None:
+        tree.save([stage], out)
+    return tree.dumps([stage]), lines
+
+
+def export_checkpoint(
+    checkpoint: str | Path, out: str | Path, *, options: ExportOptions | None = None, parity: bool = True, say: Callable[[str], None] = print
+) -> Path:
+    """Write a checkpoint as a folder that transformers and vLLM load; gives its path. ValueError naming what that format cannot hold."""
+    return export(Path(checkpoint), Path(out), options or ExportOptions(), check=parity, say=say)
 
 
 def show(name: str, overrides: Sequence[str] = ()) -> str:
@@ -43,8 +141,39 @@ def train(
     """
     chosen = recipe(stages, overrides) if isinstance(stages, str) else tree.override(stages, overrides, named=NAMED)
     resolved = resolve(chosen)
+    say_mock(resolved, say)
     make_data(resolved, say)
+    resolved = tuple(replace(stage, init=_imported(stage.init, say)) for stage in resolved)
     return loop.train(resolved, resume=resume or "", on_evaluate=_score, say=say)
+
+
+def dry_run(name: str, overrides: Sequence[str] = (), *, ranks: int = 1, say: Callable[[str], None] = print) -> None:
+    """All that `train` does before its first step, without weights: files, sizes, data, the trainable set; says the memory of each stage."""
+    resolved = resolve(recipe(name, overrides))
+    say_mock(resolved, say)
+    make_data(resolved, say)
+    for stage in resolved:
+        check(replace(stage, init=InitConfig()), world=ranks)
+        for path in (stage.init.model, *part_paths(stage.init).values()):
+            if path:
+                inits.look(fetch(path))
+    precision = loop.choose_precision(resolved[0].precision)[0]
+    for stage in resolved:
+        say(parameter_table(stage))
+    say(plan.table(resolved, ranks=ranks, precision=precision))
+
+
+def _imported(init: InitConfig, say: Callable[[str], None]) -> InitConfig:
+    """`init` with Hugging Face folders replaced by their imports in the cache."""
+    changed = {}
+    for part in ("model", "decoder", "vision", "projector"):
+        path = getattr(init, part)
+        if path in ("", "fresh"):
+            continue
+        folder = fetch(path)
+        foreign = is_nemo(folder) or ((folder / "config.json").is_file() and not (folder / "manifest.json").is_file())
+        changed[part] = str(import_checkpoint([folder], say=say) if foreign else folder)
+    return replace(init, **changed)
 
 
 def generate(

@@ -31,6 +31,8 @@ class ImageLayout:
 
     tile: int
     """Side of a square tile in pixels."""
+    images: bool = True
+    """Does the model see images? One of text alone does not."""
     tokens_per_tile: int
     """Features that the projector gives for a tile."""
     min_tiles: Literal[1] = 1
@@ -52,6 +54,8 @@ class ImageLayout:
     """RGB of the padding; LLaVA-1.5 uses int(255 * CLIP mean)."""
     resample: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"
     """Pillow's resampling filter."""
+    process: str = ""
+    """`module:name` of a function (Pillow image, ImageLayout) -> uint8 tiles [n, 3, tile, tile], in place of `aspect`."""
 
     @property
     def tokens_per_image(self) -> int:

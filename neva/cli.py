@@ -60,11 +60,15 @@ def main(traceback: bool) -> None:
 @click.argument("overrides", nargs=-1)
 @click.option("--resume", metavar="auto|PATH", help="Go on from the newest checkpoint of the run's folder, or from PATH.")
 @click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Processes to start on this machine.")
+@click.option("--dry-run", is_flag=True, help="Check all that can be checked without weights, say the memory per rank, and stop.")
 @click.pass_context
-def train(ctx: click.Context, recipe: str, overrides: tuple[str, ...], resume: str | None, nproc: int | None) -> None:
+def train(ctx: click.Context, recipe: str, overrides: tuple[str, ...], resume: str | None, nproc: int | None, dry_run: bool) -> None:
     """Train RECIPE: a name that `neva recipes` lists, NAME/STAGE, or a saved config.yaml."""
     from neva import api
 
+    if dry_run:
+        api.dry_run(recipe, overrides, ranks=nproc or 1)
+        return
     if nproc is not None:
         from neva import launch
 
@@ -162,6 +166,95 @@ def evaluate(checkpoint: str, as_json: bool, **options: Any) -> None:
     for kind, accuracy in result["accuracy"].items():
         table.add_row(kind, f"{accuracy:.1%}")
     Console().print(table)
+
+
+@main.command("import")
+@click.argument("arguments", nargs=-1, metavar="[SRC] [KEY=VALUE]...")
+@click.option("--out", type=click.Path(path_type=str), metavar="DIR", help="The checkpoint's folder; without it a place in $NEVA_CACHE.")
+@click.option("--decoder", metavar="SRC", help="Compose a VLM of this decoder and --vision; its projector alone is new.")
+@click.option("--vision", metavar="SRC", help="The encoder of a composed VLM, or of a LLaVA in the original repository's layout.")
+@click.option("--projector", metavar="NAME", help="Projector of a composed VLM: linear, mlp2x_gelu (default), ...")
+@click.option("--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), help="Convert the weights; by default they stay bit for bit.")
+@click.option("--template", metavar="NAME", help="Chat format; by default LLaVA's v1 for a LLaVA, else the tokenizer's own.")
+@click.option("--seed", type=int, metavar="N", help="Seed of a new projector.")
+@click.option("--no-parity", is_flag=True, help="Publish without comparing with transformers; the checkpoint remembers it.")
+def import_(arguments: tuple[str, ...], out: str | None, decoder: str | None, vision: str | None, no_parity: bool, **options: Any) -> None:
+    """Make a neva checkpoint of SRC: a Hugging Face folder or hf:org/name, a LLaVA, a decoder or an encoder.
+
+    KEY=VALUE changes the model's config on the way: image.aspect=pad, vision.image=448, vision.select_layer=-1.
+    """
+    from neva import api
+    from neva.checkpoint.hf import Options
+
+    overrides = tuple(argument for argument in arguments if "=" in argument)
+    whole = [argument for argument in arguments if "=" not in argument]
+    if len(whole) > 1 or (not whole and not decoder and not vision) or (whole and decoder):
+        raise click.UsageError("give one SRC, or --decoder and --vision to compose a model of (one of the two)")
+    sources = [source for source in (*whole, decoder, vision) if source]
+    chosen = Options(**_given(options), overrides=overrides)
+    click.echo(api.import_checkpoint(sources, out, options=chosen, parity=not no_parity))
+
+
+@main.command()
+@click.argument("path", metavar="CKPT|FOLDER", type=click.Path(exists=True, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def inspect(path: str, as_json: bool) -> None:
+    """Say what a checkpoint, or a Hugging Face folder, holds; a checkpoint is verified."""
+    from neva import api
+
+    found = api.inspect(path)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, found))
+    for key, value in found.items():
+        click.echo(f"{key:{width}}  {value}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="A list of {name, system, stops, jinja}.")
+def templates(as_json: bool) -> None:
+    """List the chat formats."""
+    from neva.data.templates import TEMPLATES
+
+    if as_json:
+        rows = [{"name": name, "system": t.system, "stops": list(t.stops), "jinja": t.jinja.strip()} for name, t in TEMPLATES.items()]
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for name, template in TEMPLATES.items():
+        click.echo(f"{name:18}{template.system[:100]}")
+
+
+@main.command("convert-config")
+@click.argument("path", metavar="NEVA_CONFIG.YAML", type=click.Path(exists=True, dir_okay=False))
+@click.option("--out", type=click.Path(path_type=str), metavar="FILE", help="Where the config goes; `neva train FILE` runs it.")
+def convert_config(path: str, out: str | None) -> None:
+    """Turn a NeMo 1.0 neva_config.yaml into a config of ours, and say of every key what became of it."""
+    from neva import api
+
+    text, lines = api.convert_config(path, out)
+    words = {"to": "->", "none": "no meaning here:", "no": "NOT SUPPORTED:", "unknown": "UNKNOWN:"}
+    for line in lines:
+        click.echo(f"{line.key}={line.value} {words[line.kind]} {line.text}", err=out is None)
+    if out is None:
+        click.echo(text.rstrip("\n"))
+
+
+@main.command()
+@click.argument("checkpoint", metavar="CKPT")
+@click.option("--out", required=True, type=click.Path(path_type=str), metavar="DIR", help="The folder to write; it must not exist.")
+@click.option("--to", "target", type=click.Choice(["hf"]), default="hf", help="Format; there is one.")
+@click.option("--part", type=click.Choice(["all", "decoder", "vision", "projector"]), help="Export one part alone.")
+@click.option("--keys", type=click.Choice(["source", "vllm"]), help="Spelling of names: as the folder that was imported, or as vLLM reads them.")
+@click.option("--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), help="Convert the weights.")
+@click.option("--shard", type=click.IntRange(min=1), metavar="BYTES", help="Most bytes of a file; 5 GB.")
+@click.option("--no-parity", is_flag=True, help="Publish without comparing with transformers.")
+def export(checkpoint: str, out: str, target: str, no_parity: bool, **options: Any) -> None:
+    """Write CKPT as a Hugging Face folder that transformers and vLLM load."""
+    from neva import api
+    from neva.checkpoint.export import ExportOptions
+
+    click.echo(api.export_checkpoint(checkpoint, out, options=ExportOptions(**_given(options)), parity=not no_parity))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -59,8 +59,9 @@ class DataConfig:
     """One-element spelling of `sources`: the image folder."""
     tokenizer: str = ""
     """A SentencePiece `.model`, a `tokenizer.json`, or a folder that holds one."""
-    template: Literal["plain", "v1"] = "v1"
-    """Chat format: `plain` is LLaVA's pretraining (image, caption, newline), `v1` Vicuna's."""
+    template: str = ""
+    """Chat format: a name (`plain` is LLaVA's pretraining, `v1` Vicuna's; `neva templates` lists them), a file of Jinja, or its text;
+    empty for the tokenizer's own."""
     system: str | None = None
     """System message in place of the template's own."""
     shuffle: bool = True
@@ -118,11 +119,13 @@ class InitConfig:
     """Where a stage's weights come from; empty, or equal to the `init` of the stage before: that stage, or fresh ones for the first."""
 
     model: str = ""
-    """A neva checkpoint (a `step_N` folder or a run folder) to start from."""
-    decoder: Literal["", "fresh"] = ""
-    vision: Literal["", "fresh"] = ""
-    projector: Literal["", "fresh"] = ""
-    """`fresh` draws this part anew from the seed."""
+    """A whole model to start from: a neva checkpoint (a `step_N` folder, a run folder, an import), a Hugging Face folder, or hf:org/name."""
+    decoder: str = ""
+    """Where this part comes from in place of `model`'s: a checkpoint or folder as above, or `fresh`, which draws it anew from the seed."""
+    vision: str = ""
+    """The same of the encoder."""
+    projector: str = ""
+    """The same of the projector; a neva checkpoint or `fresh`."""
 
 
 @dataclass(frozen=True, kw_only=True)

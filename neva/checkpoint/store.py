@@ -3,6 +3,7 @@
     run/checkpoints/latest -> step_20        relative symlink, replaced atomically
     run/checkpoints/step_20/neva.yaml        resolved config
                             tokenizer/       the tokenizer's files
+                            source/          what an import kept for export: configs, spelling of names, tensors that are not computed
                             weights/         DCP: logical name -> tensor, without any parallel layout
                             training/        DCP: optimiser tensors, each rank's random state; state.json. Absent after an import
                             manifest.json    format, step, bytes and sha256 of each file, and a sha256 of itself; written last
@@ -14,8 +15,8 @@ With a process group, `save`, `verify`, `newest_good`, `open_checkpoint`, `load_
 rank calls them with the same folder, the work is shared out, and if one rank fails all of them raise. `find`, `load_config`
 and `tokenizer_folder` are local.
 
-Safety: DCP keeps its index as a pickle, so loading runs code that a checkpoint's author may have chosen. `verify` finds
-damage, it does not authenticate: a stranger can write a matching manifest. Load only checkpoints of authors you trust.
+Safety: DCP keeps its index as a pickle; `index.Reader` builds nothing of it but DCP's own records, so that a checkpoint cannot run code.
+`verify` finds damage, it does not authenticate: a stranger can write a matching manifest.
 """
 
 import errno
@@ -35,10 +36,11 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from neva.checkpoint.index import Reader
 from neva.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -97,7 +99,7 @@ def save(
     *,
     step: int,
     config: dict[str, Any],
-    write_tokenizer: Callable[[Path], None],
+    write_files: Callable[[Path], None],
     weights: dict[str, Tensor],
     training: Training | None,
     keep_last: int,
@@ -105,7 +107,8 @@ def save(
 ) -> Path:
     """Write `run/checkpoints/step_N`, publish it, point `latest` at it and remove checkpoints that need not be kept.
 
-    `write_tokenizer` is called on rank 0 with an empty folder. Kept are the newest `keep_last` whole checkpoints (0: all), those
+    `write_files` is called on rank 0 with the folder, and writes `tokenizer/` and `source/` into it. Kept are the newest `keep_last`
+    whole checkpoints (0: all), those
     whose step is a multiple of `keep_every` (0: none) and always the one just written. A published checkpoint of the same step
     is never overwritten: it is renamed `step_N.corrupt`, or `step_N.replaced` if it is sound, with a warning.
 
@@ -119,7 +122,7 @@ def save(
     explain = partial(_explain, folder=temporary, weights=weights, training=tensors)
     try:
         _together(lambda: _check_arguments(step, keep_last, keep_every, weights, training), explain=explain)
-        _together(lambda: _begin(temporary, config, write_tokenizer, training), explain=explain, first_only=True)
+        _together(lambda: _begin(temporary, config, write_files, training), explain=explain, first_only=True)
         _together(lambda: _write_tensors(temporary / "weights", weights), explain=explain)
         if training is not None:
             _together(lambda: _write_tensors(temporary / "training", tensors), explain=explain)
@@ -319,7 +322,7 @@ def _check_arguments(step: int, keep_last: int, keep_every: int, weights: dict[s
         raise CheckpointError("Training.state is not what JSON gives back: use lists, not tuples; string keys; no NaN.")
 
 
-def _begin(temporary: Path, config: dict[str, Any], write_tokenizer: Callable[[Path], None], training: Training | None) -> None:
+def _begin(temporary: Path, config: dict[str, Any], write_files: Callable[[Path], None], training: Training | None) -> None:
     """Remove what killed saves left behind and write all but the tensors."""
     temporary.parent.mkdir(parents=True, exist_ok=True)
     for leftover in temporary.parent.glob("*.tmp"):
@@ -327,10 +330,10 @@ def _begin(temporary: Path, config: dict[str, Any], write_tokenizer: Callable[[P
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
-    (temporary / "tokenizer").mkdir(parents=True)
+    temporary.mkdir(parents=True)
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     (temporary / "neva.yaml").write_text(text, encoding="utf-8")
-    write_tokenizer(temporary / "tokenizer")
+    write_files(temporary)
     if training is not None:
         (temporary / "training").mkdir()
         (temporary / "training" / "state.json").write_text(json.dumps(training.state, indent=1), encoding="utf-8")
@@ -421,7 +424,7 @@ def _looks_whole(folder: Path) -> bool:
 def _stored(folder: Path) -> dict[str, Any]:
     """DCP's metadata by tensor name."""
     found: dict[str, Any] = {}
-    reader = FileSystemReader(folder)
+    reader = Reader(folder)
     _together(lambda: found.update(reader.read_metadata().state_dict_metadata), explain=partial(explain_reading, folder=folder))
     return found
 
@@ -453,7 +456,7 @@ def _match(stored: dict[str, Any], targets: dict[str, Tensor], folder: Path) -> 
 def _read_tensors(folder: Path, targets: dict[str, Tensor]) -> None:
     def read() -> None:
         with _dcp_errors():
-            load_tensors(dict(targets), storage_reader=FileSystemReader(folder), no_dist=not dist.is_initialized())
+            load_tensors(dict(targets), storage_reader=Reader(folder), no_dist=not dist.is_initialized())
 
     _together(read, explain=partial(explain_reading, folder=folder))
 

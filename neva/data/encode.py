@@ -10,7 +10,8 @@ import torch
 from neva.batch import IGNORE, IMAGE, IMAGE_END, IMAGE_START, ImageLayout
 from neva.data.image import image_size, open_image, to_tiles
 from neva.data.sample import MARKER, Encoded, Picture, Sample, SampleError
-from neva.data.template import Piece, find_template, render
+from neva.data.template import Piece, check, render
+from neva.data.templates import find_template
 from neva.data.tokenizer import Tokenizer
 
 
@@ -24,16 +25,22 @@ class Measure:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns samples into tokens and tiles for one model. Picklable. Raises ValueError for an unknown template."""
+    """Turns samples into tokens and tiles for one model. Picklable. Raises ValueError for an unknown template, and for one that does not fit."""
 
     tokenizer: Tokenizer
     template: str
+    """A name, a Jinja text, or empty for the tokenizer's own."""
     system: str | None
     """System message in place of the template's own."""
     layout: ImageLayout
 
     def __post_init__(self) -> None:
-        find_template(self.template)
+        check(find_template(self.template, self.tokenizer))
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts at which a generation stops, besides the tokenizer's end token."""
+        return find_template(self.template, self.tokenizer).stops
 
     def encode(self, sample: Sample, *, labels: bool = True) -> Encoded:
         """The sample's tokens, unshifted labels and tiles; labels=False gives the prompt to generate its last answer from.
@@ -86,9 +93,13 @@ class Encoder:
         markers = sum(turn.text.count(MARKER) for turn in sample.turns if turn.role == "user")
         if markers != len(sample.images):
             raise ValueError(f"its turns hold {markers} {MARKER} but it has {len(sample.images)} image(s): add or remove {MARKER}, or the image")
-        pieces = render(find_template(self.template), sample.turns, system=self.system, answer=answer)
-        tokens = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
-        marks = [False] * len(tokens)
+        if sample.images and not self.layout.images:
+            raise ValueError("the model has no vision encoder: leave the image out, or use a model with one")
+        pieces = render(find_template(self.template, self.tokenizer), sample.turns, system=self.system, answer=answer)
+        if self.tokenizer.bos is not None and pieces[0].what != "start":
+            pieces = (Piece(what="start"), *pieces)
+        tokens: list[int] = []
+        marks: list[bool] = []
         span: list[Piece] = []
         for piece in self._spelled(pieces):
             if piece.what == "text":
@@ -96,7 +107,7 @@ class Encoder:
                 continue
             self._flush(span, tokens, marks)
             span = []
-            added = self._image() if piece.what == "image" else [self.tokenizer.eos]
+            added = self._image() if piece.what == "image" else self._special(piece)
             tokens += added
             marks += [piece.loss] * len(added)
         self._flush(span, tokens, marks)
@@ -112,6 +123,11 @@ class Encoder:
         """The pieces with the layout's text around each image."""
         around = (Piece(text=self.layout.image_prefix), Piece(text=self.layout.image_suffix))
         return [part for piece in pieces for part in ((around[0], piece, around[1]) if piece.what == "image" else (piece,))]
+
+    def _special(self, piece: Piece) -> list[int]:
+        """The start or the end token. A template may write the start of a tokenizer that adds none by itself, or has none."""
+        id = self.tokenizer.eos if piece.what == "end" else self.tokenizer.start
+        return [] if id is None else [id]
 
     def _image(self) -> list[int]:
         features = [IMAGE] * self.layout.tokens_per_tile

@@ -3,9 +3,11 @@
 Shapes: n tiles of side p pixels.
 """
 
+import importlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +64,11 @@ def to_tiles(image: Image.Image, layout: ImageLayout) -> UInt8[Tensor, "n 3 p p"
 
     `pad` is LLaVA's expand2square followed by CLIP's resize, `crop` is CLIP's resize of the short side and centre crop
     (equal bit for bit to transformers' CLIPImageProcessorPil), `square` resizes both sides.
-    Raises ValueError for an image so elongated that its padded or resized form would be too large.
+    `process`, a function of the user's, takes the place of all three. Raises ValueError for an image so elongated that its padded or
+    resized form would be too large, and for tiles of that function that do not fit the layout.
     """
+    if layout.process:
+        return _processed(image, layout)
     size, resample = (layout.tile, layout.tile), RESAMPLE[layout.resample]
     if layout.aspect == "pad":
         image = _pad(image, layout.pad_colour)
@@ -71,6 +76,27 @@ def to_tiles(image: Image.Image, layout: ImageLayout) -> UInt8[Tensor, "n 3 p p"
         image = _crop(image, layout.tile, resample)
     pixels = np.array(image.resize(size, resample))  # a resize to the same size is a copy
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()[None]
+
+
+@cache
+def _function(name: str) -> Callable[[Image.Image, ImageLayout], Tensor]:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"image.process={name!r} names no function ({error}): write module:name, and put the module on PYTHONPATH") from None
+
+
+def _processed(image: Image.Image, layout: ImageLayout) -> UInt8[Tensor, "n 3 p p"]:
+    """Tiles of the user's function, checked: a float or a wrong size would train on nonsense without a word."""
+    tiles = _function(layout.process)(image, layout)
+    wanted = f"a uint8 tensor [n, 3, {layout.tile}, {layout.tile}] with n from {layout.min_tiles} to {layout.max_tiles}"
+    if not isinstance(tiles, Tensor):
+        raise ValueError(f"image.process={layout.process!r} gave {type(tiles).__name__}, not {wanted}")
+    shaped = tiles.ndim == 4 and tuple(tiles.shape[1:]) == (3, layout.tile, layout.tile) and layout.min_tiles <= tiles.shape[0] <= layout.max_tiles
+    if tiles.dtype != torch.uint8 or not shaped:
+        raise ValueError(f"image.process={layout.process!r} gave {tiles.dtype} {list(tiles.shape)}, not {wanted}; pixels are normalised later")
+    return tiles
 
 
 @contextmanager

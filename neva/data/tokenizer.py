@@ -1,4 +1,4 @@
-"""Text to token ids and back: SentencePiece `.model` and Hugging Face `tokenizer.json` files behind one small interface."""
+"""Text to token ids and back: SentencePiece, Hugging Face and tiktoken files behind one small interface."""
 
 import json
 import re
@@ -11,11 +11,17 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from neva.data.vocabularies import from_gpt2, from_ranks, is_ranks
+
 STARTS = ("<s>", "<|begin_of_text|>", "<bos>")
 """Names of a token that stands before a text, where tokenizer_config.json does not tell."""
 ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>")
 """Names of a token that ends a text, where tokenizer_config.json does not tell."""
-FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
+BESIDE = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+"""What is read beside a tokenizer.json: names of special tokens, and the chat format."""
+PAIRS = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
+"""GPT-2's two files: the first's name -> the second's."""
+FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", *PAIRS)
 """What a folder is searched for, in this order: tokenizer.json also knows the tokens that were added later."""
 
 
@@ -40,6 +46,25 @@ class Tokenizer(ABC):
     @abstractmethod
     def bos(self) -> int | None:
         """The id that a text starts with, None if this tokenizer's models want none."""
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return json.loads(self.files.get("tokenizer_config.json", b"{}"))
+
+    @property
+    def start(self) -> int | None:
+        """The id of the start token, also where none is added by itself; None if there is none."""
+        return self.bos
+
+    @cached_property
+    def chat_template(self) -> str:
+        """The tokenizer's own chat format as Jinja; empty if it has none."""
+        if "chat_template.jinja" in self.files:
+            return self.files["chat_template.jinja"].decode()
+        template = self._config.get("chat_template") or json.loads(self.files.get("chat_template.json", b"{}")).get("chat_template") or ""
+        if isinstance(template, list):  # several, by name
+            template = next((t["template"] for t in template if t["name"] == "default"), "")
+        return template
 
     @property
     @abstractmethod
@@ -71,7 +96,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _model(self) -> sentencepiece.SentencePieceProcessor:
-        return sentencepiece.SentencePieceProcessor(model_proto=next(iter(self.files.values())))
+        return sentencepiece.SentencePieceProcessor(model_proto=self.files["tokenizer.model"])
 
     @cached_property
     def _special(self) -> dict[str, int]:
@@ -119,10 +144,6 @@ class JsonTokenizer(Tokenizer):
         model.no_padding()
         return model
 
-    @cached_property
-    def _config(self) -> dict[str, Any]:
-        return json.loads(self.files.get("tokenizer_config.json", b"{}"))
-
     def _named(self, role: str, names: Sequence[str]) -> int | None:
         """Id of the config's token of this role, or of the first of `names` that is in the vocabulary."""
         token = self._config.get(role)
@@ -151,6 +172,10 @@ class JsonTokenizer(Tokenizer):
         return first[0] if first and first != self.encode("a")[:1] else None
 
     @cached_property
+    def start(self) -> int | None:
+        return self.bos if self.bos is not None else self._named("bos_token", ())
+
+    @cached_property
     def eos(self) -> int:
         id = self._named("eos_token", ENDS)
         if id is None:
@@ -167,8 +192,20 @@ class JsonTokenizer(Tokenizer):
         return max(self._model.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def _read(file: Path) -> dict[str, bytes]:
+    """A tokenizer's file as one of our classes takes it, and what stands beside it."""
+    content = file.read_bytes()
+    if file.name in PAIRS:
+        files = from_gpt2(content, (file.parent / PAIRS[file.name]).read_bytes())
+    elif file.suffix == ".json":
+        files = {"tokenizer.json": content}
+    else:
+        files = from_ranks(content) if is_ranks(content) else {"tokenizer.model": content}
+    return {**files, **{name: (file.parent / name).read_bytes() for name in BESIDE if (file.parent / name).is_file()}}
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a `.model` or `tokenizer.json` file, or in a folder that holds one.
+    """The tokenizer in a `.model`, `tokenizer.json` or tiktoken file, in GPT-2's pair of files, or in a folder that holds one.
 
     Raises ValueError if there is none, or it is damaged or lacks an end token.
     """
@@ -181,14 +218,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not file.is_file():
         raise ValueError(f"the tokenizer {file} is missing: give a SentencePiece .model, a tokenizer.json, or a folder that holds one")
     try:
-        if file.suffix == ".json":
-            files = {"tokenizer.json": file.read_bytes()}
-            config = file.parent / "tokenizer_config.json"
-            if config.is_file():
-                files["tokenizer_config.json"] = config.read_bytes()
-            tokenizer: Tokenizer = JsonTokenizer(files)
-        else:
-            tokenizer = SentencePieceTokenizer({"tokenizer.model": file.read_bytes()})
+        files = _read(file)
+        tokenizer: Tokenizer = JsonTokenizer(files) if "tokenizer.json" in files else SentencePieceTokenizer(files)
         tokenizer.encode("a")
         eos = tokenizer.eos
     except ValueError as error:

@@ -17,9 +17,8 @@ from neva.checkpoint import store
 from neva.data.encode import Encoder
 from neva.data.pack import Budget, collate
 from neva.data.sample import Encoded, Sample
-from neva.data.template import find_template
 from neva.data.tokenizer import load_tokenizer
-from neva.models.layers import Cache
+from neva.models.attention import Cache
 from neva.models.vlm import VLM, VLMConfig
 
 
@@ -110,7 +109,7 @@ def generate_encoded(loaded: Loaded, prompts: Sequence[Encoded], sampling: Sampl
     """`generate` for prompts that are encoded already."""
     if not prompts:
         return []
-    limit = loaded.model.config.decoder.max_positions
+    limit = loaded.model.config.decoder.reach
     for prompt in prompts:
         if len(prompt.tokens) >= limit:
             has = f"its prompt has {len(prompt.tokens)} tokens"
@@ -176,7 +175,7 @@ class _Request:
 
     def __init__(self, loaded: Loaded, sampling: Sampling, number: int, room: int):
         self.tokenizer, self.sampling = loaded.encoder.tokenizer, sampling
-        self.stops = (*sampling.stop, *find_template(loaded.encoder.template).stops)
+        self.stops = (*sampling.stop, *loaded.encoder.stops)
         self.room = min(room, sampling.max_new_tokens)
         self.generator = torch.Generator().manual_seed(sampling.seed + number)
         self.tokens: list[int] = []

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from neva.models.decoder import HEAD_KEPT
+from neva.models.layers import GATED
 from neva.models.vlm import VLM, VLMConfig, projector
 
 
@@ -41,10 +42,10 @@ def parameters(config: VLMConfig) -> Parts:
 
 def forward_flops(config: VLMConfig, *, documents: Sequence[int], tiles: int, labelled: int) -> Parts:
     """Operations of one forward pass over documents of these lengths (image features included), `tiles` tiles and `labelled` tokens."""
-    pairs, tokens = sum(n * (n + 1) // 2 for n in documents), sum(documents)
+    pairs, tokens = _pairs(config, documents), sum(documents)
     return Parts(
         vision=tiles * _vision_tile(config),
-        projector=2 * tiles * config.vision.tokens * sum(_projector_weights(config)),
+        projector=2 * tiles * config.tokens_per_tile * sum(_projector_weights(config)) if tiles else 0,
         decoder=config.decoder.layers * (2 * tokens * _decoder_layer_weights(config) + 4 * pairs * config.decoder.heads * config.decoder.head),
         head=2 * labelled * config.decoder.vocab * config.decoder.width,
     )
@@ -62,40 +63,53 @@ def step_flops(config: VLMConfig, *, documents: Sequence[int], tiles: int, label
     before_decoder = bool(trained & {"vision", "projector", "decoder"})
     decoder = f.decoder * (1 + recompute)
     if before_decoder:
-        pairs = sum(n * (n + 1) // 2 for n in documents)
-        scores = 4 * pairs * config.decoder.heads * config.decoder.head * config.decoder.layers
+        scores = 4 * _pairs(config, documents) * config.decoder.heads * config.decoder.head * config.decoder.layers
         decoder += (f.decoder - scores) * (1 + ("decoder" in trained)) + scores * 5 // 2
     vision = f.vision
-    if "vision" in trained:  # the pixels need no gradient
-        scores = tiles * 4 * _vision_tokens(config) ** 2 * config.vision.width * config.vision.depth
+    if "vision" in trained and config.vision is not None:  # the pixels need no gradient
+        scores = tiles * 4 * _vision_tokens(config) ** 2 * config.vision.heads * config.vision.head * config.vision.depth
         patch = tiles * 2 * config.vision.patches * 3 * config.vision.patch**2 * config.vision.width
         vision += 2 * (f.vision - scores - patch) + patch + scores * 5 // 2
     bridge = f.projector * (1 + ("projector" in trained) + ("vision" in trained))
     if "projector" in trained and "vision" not in trained:  # its first layer's input, and that alone, needs no gradient
         weights = _projector_weights(config)
-        bridge += f.projector * sum(weights[1:]) // max(1, sum(weights))
+        behind = weights if config.projector.startswith("norm_") else weights[1:]  # but for a norm before it
+        bridge += f.projector * sum(behind) // max(1, sum(weights))
     again = bool(trained) and labelled * config.decoder.vocab > HEAD_KEPT
     matrix = "decoder" if config.decoder.tied else "head"
     return Parts(vision=vision, projector=bridge, decoder=decoder, head=f.head * (1 + again + bool(trained) + (matrix in trained)))
 
 
 def _vision_tokens(config: VLMConfig) -> int:
-    return config.vision.patches + config.vision.class_token
+    return config.vision.patches + config.vision.class_token if config.vision is not None else 0
 
 
 def _vision_tile(config: VLMConfig) -> int:
     v, t = config.vision, _vision_tokens(config)
-    block = 2 * t * (4 * v.width**2 + 2 * v.width * v.ffn) + 4 * t**2 * v.width
+    if v is None:
+        return 0
+    inside = v.heads * v.head
+    block = 2 * t * (4 * v.width * inside + 2 * v.width * v.ffn) + 4 * t**2 * inside
     return 2 * v.patches * 3 * v.patch**2 * v.width + v.depth * block
 
 
 def _projector_weights(config: VLMConfig) -> list[int]:
     """Size of each of the projector's matrices, first to last."""
+    if config.vision is None:
+        return []
     with torch.device("meta"):
-        module = projector(config.projector, config.vision.width, config.decoder.width)
+        module = projector(config.projector, config.feature_width, config.decoder.width)
     return [p.numel() for p in module.parameters() if p.ndim == 2]
 
 
+def _pairs(config: VLMConfig, documents: Sequence[int]) -> int:
+    """(query, key) pairs that attention looks at: of n tokens n * (n + 1) / 2, less what lies beyond a window."""
+    beyond = [max(0, n - config.decoder.window) if config.decoder.window else 0 for n in documents]
+    return sum(n * (n + 1) // 2 - b * (b + 1) // 2 for n, b in zip(documents, beyond, strict=True))
+
+
 def _decoder_layer_weights(config: VLMConfig) -> int:
+    """Weights that each token meets in a block: of experts, the router's and those of the chosen ones."""
     d = config.decoder
-    return d.width * d.head * (2 * d.heads + 2 * d.kv_heads) + 3 * d.width * d.ffn
+    mlp = (3 if d.mlp in GATED else 2) * d.width * d.ffn
+    return d.width * d.head * (2 * d.heads + 2 * d.kv_heads) + (d.active_experts * mlp + d.width * d.experts if d.experts else mlp)

@@ -13,7 +13,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from neva.batch import IGNORE
-from neva.models.layers import Attention, Documents, GatedMLP, PackedAttention, RMSNorm, rope_tables
+from neva.models.attention import Documents, PackedAttention
+from neva.models.layers import GATED, MLP, NORMS, Attention, GatedMLP, MLPKind, NormKind, RopeScaling, Rotary, rope_tables
+from neva.models.moe import MoE
 
 HEAD_TILE = 2**21
 """Most logits that the loss computes at a time on a CPU: 8 MiB in fp32, which stay in its cache. 64 times as many fill an accelerator."""
@@ -38,25 +40,73 @@ class DecoderConfig:
     """Width inside the MLP."""
     head_width: int | None = None
     """Width of one head; `width / heads` if not given."""
-    norm: Literal["rmsnorm"] = "rmsnorm"
+    norm: NormKind = "rmsnorm"
+    """`layernorm1p` is LayerNorm that keeps its weight minus 1 (Nemotron); both LayerNorms have biases."""
     eps: float = 1e-5
-    mlp: Literal["swiglu"] = "swiglu"
+    mlp: MLPKind = "swiglu"
+    """`swiglu` and `geglu` have a gate, the others are one activation between two matrices."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    """A bias on the attention's output."""
+    mlp_bias: bool = False
+    positions: Literal["rotary", "learned"] = "rotary"
+    """`learned` adds a trained vector of each position to the embedding (GPT)."""
     rope_theta: float = 10000.0
+    rotary_fraction: float = 1.0
+    """Share of a head's dimensions that are rotated, its first ones."""
+    rope_scaling: RopeScaling | None = None
+    window: int = 0
+    """Tokens that a token sees, itself included; 0 is all before it."""
     max_positions: int = 4096
-    """Longest document that the positions were made for."""
+    """Longest document that the positions were made for, before `linear` or `dynamic` scaling."""
     tied: bool = False
     """Does the head use the embedding's matrix?"""
+    experts: int = 0
+    """MLPs in a block, of which a router chooses `active_experts` for each token; 0 is one MLP without a router."""
+    active_experts: int = 2
+    balance: float = 0.0
+    """Weight in the loss of the experts' load balance."""
+    embedding_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    """Dropout of what attention and MLP add to the hidden state."""
+    attention_dropout: float = 0.0
+    """Dropout of the attention weights; it costs a dense mask."""
+    ffn_dropout: float = 0.0
+    """Dropout inside the MLP, behind its activation."""
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: each key-value head serves as many query heads.")
         if self.head_width is None and self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}; set head_width, or another number of heads.")
+        if self.experts and self.mlp not in GATED:
+            raise ValueError(f"experts={self.experts} need an MLP with a gate ({', '.join(GATED)}), not mlp={self.mlp}.")
+        if self.experts and not 1 <= self.active_experts <= self.experts:
+            raise ValueError(f"active_experts={self.active_experts} must be 1 to experts={self.experts}.")
+        if not 0 < self.rotary_fraction <= 1 or self.rotary_width % 2:
+            raise ValueError(
+                f"rotary_fraction={self.rotary_fraction} rotates {self.rotary_width} of a head's {self.head} dimensions; it must be even."
+            )
+        for name in ("embedding_dropout", "hidden_dropout", "attention_dropout", "ffn_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and less than 1.")
 
     @property
     def head(self) -> int:
         """Width of one attention head."""
         return self.head_width or self.width // self.heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.head * self.rotary_fraction)
+
+    @property
+    def reach(self) -> int:
+        """Longest document that the model reads."""
+        if self.rope_scaling is None or self.rope_scaling.kind == "llama3":  # of which max_positions already speaks
+            return self.max_positions
+        return int(self.max_positions * self.rope_scaling.factor)
 
 
 class Block(nn.Module):
@@ -65,15 +115,22 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         c = config
-        self.attention_norm = RMSNorm(c.width, c.eps)
-        self.attention = Attention(c.width, c.heads, c.kv_heads, c.head, qkv_bias=False, out_bias=False, inner=PackedAttention())
-        self.mlp_norm = RMSNorm(c.width, c.eps)
-        self.mlp = GatedMLP(c.width, c.ffn)
+        inner = PackedAttention(window=c.window, dropout=c.attention_dropout)
+        self.attention_norm = NORMS[c.norm](c.width, c.eps)
+        self.attention = Attention(c.width, c.heads, c.kv_heads, c.head, qkv_bias=c.qkv_bias, out_bias=c.out_bias, inner=inner)
+        self.mlp_norm = NORMS[c.norm](c.width, c.eps)
+        if c.experts:
+            self.mlp = MoE(c.width, c.ffn, c.mlp, experts=c.experts, active=c.active_experts, balance=c.balance, dropout=c.ffn_dropout)
+        else:
+            self.mlp = (GatedMLP if c.mlp in GATED else MLP)(c.width, c.ffn, c.mlp, bias=c.mlp_bias, dropout=c.ffn_dropout)
+        self.dropout = nn.Dropout(c.hidden_dropout)
 
-    def forward(self, x: Float[Tensor, "b s d"], layout: Documents, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Gives the hidden states [b, s, d] and an auxiliary loss (experts' balance; None here)."""
-        x = x + self.attention(self.attention_norm(x), layout, angles)
-        return x + self.mlp(self.mlp_norm(x)), None
+    def forward(self, x: Float[Tensor, "b s d"], layout: Documents, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
+        """Gives the hidden states [b, s, d] and the experts' balance loss, None without one."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), layout, angles))
+        y = self.mlp_norm(x)
+        y, aux = self.mlp(y, layout.segments) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
+        return x + self.dropout(y), aux
 
 
 class Decoder(nn.Module):
@@ -81,19 +138,32 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        c = self.config = config
+        self.embed = nn.Embedding(c.vocab, c.width)
+        self.positions = nn.Parameter(torch.empty(c.max_positions, c.width)) if c.positions == "learned" else None
+        self.dropout = nn.Dropout(c.embedding_dropout)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
 
     def forward(self, x: Float[Tensor, "b s d"], positions: Int64[Tensor, "b s"], layout: Documents) -> tuple[Tensor, Tensor | None]:
-        """Embedded tokens -> hidden states [b, s, d] before the final norm, and the blocks' auxiliary losses added up."""
-        cos, sin = rope_tables(positions, self.config.head, self.config.rope_theta)
-        angles = cos.to(x.dtype), sin.to(x.dtype)
-        total = None
+        """Embedded tokens -> hidden states [b, s, d] before the final norm, and the blocks' balance losses added up."""
+        angles = None
+        if self.positions is not None:
+            x = x + self.positions[positions].to(x.dtype)
+        else:
+            cos, sin = rope_tables(positions, self.rotary, layout.lengths() if self.rotary.dynamic else None)
+            angles = cos.to(x.dtype), sin.to(x.dtype)
+        x, total = self.dropout(x), None
         for number, block in enumerate(self.blocks):
             x, aux = block(x, layout.at(number), angles)
-            total = aux if total is None else total + aux
+            if aux is not None:
+                total = aux if total is None else total + aux
         return x, total
+
+    @property
+    def rotary(self) -> Rotary:
+        """What the rotary positions are computed from."""
+        c = self.config
+        return Rotary(width=c.rotary_width, theta=c.rope_theta, scaling=c.rope_scaling, limit=c.max_positions)
 
 
 class Head(nn.Module):
@@ -101,7 +171,7 @@ class Head(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.norm = RMSNorm(config.width, config.eps)
+        self.norm = NORMS[config.norm](config.width, config.eps)
         self.weight = None if config.tied else nn.Parameter(torch.empty(config.vocab, config.width))
 
     def forward(self, x: Float[Tensor, "n d"], targets: Int64[Tensor, " n"] | None = None, *, tied: Tensor | None = None) -> Tensor:

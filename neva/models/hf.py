@@ -1,37 +1,76 @@
-"""Hugging Face checkpoints <-> ours: per family one key table, read in both directions.
+"""Names of tensors in Hugging Face checkpoints <-> ours: per family one key table, read in both directions.
 
-`{i}` stands for a layer number, `{p}` for weight or bias; `[...]` is a part of a name that a checkpoint may lack and that we write: transformers 5
-dropped it, the published files and vLLM have it. Tables speak of the names on disk, not of those in transformers' memory.
-Source of the layouts: the config.json and safetensors of meta-llama, openai/clip-vit-large-patch14-336 and llava-hf/llava-1.5-7b-hf.
+A line says "theirs": "ours". `{i}` is a layer number, `{p}` weight or bias, `[...]` a part of a name that a checkpoint may lack and that we
+write where no source says otherwise (transformers 5 dropped it, the published files and vLLM have it). `{a|b|c}` on our side: theirs holds
+the rows of the three, one after the other. `{e}` on their side: ours stacks their tensors of all experts. `^n` behind their name: theirs has
+n leading dimensions of 1. `-`: our models do not compute it; it may be there, and nothing is missing without it. Tables speak of the names on
+disk, not of those in transformers' memory.
+Source of the layouts: the config.json and safetensors of the published models that each table names.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import Tensor
 
-from neva.models.decoder import DecoderConfig
-from neva.models.vit import Feature, VisionConfig
-from neva.models.vlm import VLMConfig
-
-LLAMA: dict[str, str] = {
-    "model.embed_tokens.weight": "decoder.embed.weight",
-    "model.layers.{i}.input_layernorm.weight": "decoder.blocks.{i}.attention_norm.weight",
-    "model.layers.{i}.self_attn.q_proj.weight": "decoder.blocks.{i}.attention.q.weight",
-    "model.layers.{i}.self_attn.k_proj.weight": "decoder.blocks.{i}.attention.k.weight",
-    "model.layers.{i}.self_attn.v_proj.weight": "decoder.blocks.{i}.attention.v.weight",
-    "model.layers.{i}.self_attn.o_proj.weight": "decoder.blocks.{i}.attention.out.weight",
-    "model.layers.{i}.post_attention_layernorm.weight": "decoder.blocks.{i}.mlp_norm.weight",
-    "model.layers.{i}.mlp.gate_proj.weight": "decoder.blocks.{i}.mlp.gate.weight",
-    "model.layers.{i}.mlp.up_proj.weight": "decoder.blocks.{i}.mlp.up.weight",
-    "model.layers.{i}.mlp.down_proj.weight": "decoder.blocks.{i}.mlp.down.weight",
-    "model.norm.weight": "head.norm.weight",
+ATTENTION: dict[str, str] = {
+    "[model.]layers.{i}.self_attn.q_proj.{p}": "decoder.blocks.{i}.attention.q.{p}",
+    "[model.]layers.{i}.self_attn.k_proj.{p}": "decoder.blocks.{i}.attention.k.{p}",
+    "[model.]layers.{i}.self_attn.v_proj.{p}": "decoder.blocks.{i}.attention.v.{p}",
+    "[model.]layers.{i}.self_attn.o_proj.{p}": "decoder.blocks.{i}.attention.out.{p}",
+}
+ENDS: dict[str, str] = {
+    "[model.]embed_tokens.weight": "decoder.embed.weight",
+    "[model.]norm.weight": "head.norm.weight",
     "lm_head.weight": "head.weight",
 }
+NORMS: dict[str, str] = {
+    "[model.]layers.{i}.input_layernorm.weight": "decoder.blocks.{i}.attention_norm.weight",
+    "[model.]layers.{i}.post_attention_layernorm.weight": "decoder.blocks.{i}.mlp_norm.weight",
+}
+
+LLAMA: dict[str, str] = {
+    **ENDS,
+    **NORMS,
+    **ATTENTION,
+    "[model.]layers.{i}.mlp.gate_proj.{p}": "decoder.blocks.{i}.mlp.gate.{p}",
+    "[model.]layers.{i}.mlp.up_proj.{p}": "decoder.blocks.{i}.mlp.up.{p}",
+    "[model.]layers.{i}.mlp.down_proj.{p}": "decoder.blocks.{i}.mlp.down.{p}",
+}
+"""meta-llama's, 01-ai/Yi-34B, mistralai/Mistral-7B-v0.1, Qwen/Qwen2-7B."""
+
+MIXTRAL: dict[str, str] = {
+    **ENDS,
+    **NORMS,
+    **ATTENTION,
+    "[model.]layers.{i}.block_sparse_moe.gate.weight": "decoder.blocks.{i}.mlp.router.weight",
+    "[model.]layers.{i}.block_sparse_moe.experts.{e}.w1.weight": "decoder.blocks.{i}.mlp.experts.gate",
+    "[model.]layers.{i}.block_sparse_moe.experts.{e}.w3.weight": "decoder.blocks.{i}.mlp.experts.up",
+    "[model.]layers.{i}.block_sparse_moe.experts.{e}.w2.weight": "decoder.blocks.{i}.mlp.experts.down",
+}
+"""mistralai/Mixtral-8x7B-v0.1."""
+
+NEMOTRON: dict[str, str] = {
+    "[model.]embed_tokens.weight": "decoder.embed.weight",
+    "[model.]norm.weight": "head.norm.offset",
+    "[model.]norm.bias": "head.norm.bias",
+    "lm_head.weight": "head.weight",
+    "[model.]layers.{i}.input_layernorm.weight": "decoder.blocks.{i}.attention_norm.offset",
+    "[model.]layers.{i}.input_layernorm.bias": "decoder.blocks.{i}.attention_norm.bias",
+    "[model.]layers.{i}.post_attention_layernorm.weight": "decoder.blocks.{i}.mlp_norm.offset",
+    "[model.]layers.{i}.post_attention_layernorm.bias": "decoder.blocks.{i}.mlp_norm.bias",
+    **ATTENTION,
+    "[model.]layers.{i}.mlp.up_proj.{p}": "decoder.blocks.{i}.mlp.up.{p}",
+    "[model.]layers.{i}.mlp.down_proj.{p}": "decoder.blocks.{i}.mlp.down.{p}",
+}
+"""nvidia/Minitron-4B-Base."""
 
 CLIP: dict[str, str] = {
     "[vision_model.]embeddings.class_embedding": "vision.class_token",
-    "[vision_model.]embeddings.patch_embedding.weight": "vision.patch.weight",
+    "[vision_model.]embeddings.patch_embedding.{p}": "vision.patch.{p}",
     "[vision_model.]embeddings.position_embedding.weight": "vision.positions",
     "[vision_model.]pre_layrnorm.{p}": "vision.pre_norm.{p}",
     "[vision_model.]encoder.layers.{i}.layer_norm1.{p}": "vision.blocks.{i}.attention_norm.{p}",
@@ -42,128 +81,206 @@ CLIP: dict[str, str] = {
     "[vision_model.]encoder.layers.{i}.layer_norm2.{p}": "vision.blocks.{i}.mlp_norm.{p}",
     "[vision_model.]encoder.layers.{i}.mlp.fc1.{p}": "vision.blocks.{i}.mlp.up.{p}",
     "[vision_model.]encoder.layers.{i}.mlp.fc2.{p}": "vision.blocks.{i}.mlp.down.{p}",
+    "[vision_model.]post_layernorm.{p}": "-",
+    "[vision_model.]head.{*}": "-",
+    "[vision_model.]embeddings.position_ids": "-",
 }
+"""openai/clip-vit-large-patch14-336; google/siglip-so400m-patch14-384, which has no class token and no pre-norm."""
 
-LLAVA: dict[str, str] = {
-    **{f"language_model.{theirs}": ours for theirs, ours in LLAMA.items()},
-    **{f"vision_tower.{theirs}": ours for theirs, ours in CLIP.items()},
+INTERN_VIT: dict[str, str] = {
+    "embeddings.class_embedding^2": "vision.class_token",
+    "embeddings.patch_embedding.{p}": "vision.patch.{p}",
+    "embeddings.position_embedding^1": "vision.positions",
+    "encoder.layers.{i}.norm1.{p}": "vision.blocks.{i}.attention_norm.{p}",
+    "encoder.layers.{i}.attn.qkv.{p}": "vision.blocks.{i}.attention.{q|k|v}.{p}",
+    "encoder.layers.{i}.attn.q_norm.weight": "vision.blocks.{i}.attention.q_norm.weight",
+    "encoder.layers.{i}.attn.k_norm.weight": "vision.blocks.{i}.attention.k_norm.weight",
+    "encoder.layers.{i}.attn.proj.{p}": "vision.blocks.{i}.attention.out.{p}",
+    "encoder.layers.{i}.ls1": "vision.blocks.{i}.attention_scale",
+    "encoder.layers.{i}.norm2.{p}": "vision.blocks.{i}.mlp_norm.{p}",
+    "encoder.layers.{i}.mlp.fc1.{p}": "vision.blocks.{i}.mlp.up.{p}",
+    "encoder.layers.{i}.mlp.fc2.{p}": "vision.blocks.{i}.mlp.down.{p}",
+    "encoder.layers.{i}.ls2": "vision.blocks.{i}.mlp_scale",
+}
+"""OpenGVLab/InternViT-6B-448px-V1-5 and InternViT-300M-448px-V2_5."""
+
+INTERNVL_VISION: dict[str, str] = {
+    "embeddings.cls_token^2": "vision.class_token",
+    "embeddings.patch_embeddings.projection.{p}": "vision.patch.{p}",
+    "embeddings.position_embeddings^1": "vision.positions",
+    "encoder.layer.{i}.layernorm_before.{p}": "vision.blocks.{i}.attention_norm.{p}",
+    "encoder.layer.{i}.attention.q_proj.{p}": "vision.blocks.{i}.attention.q.{p}",
+    "encoder.layer.{i}.attention.k_proj.{p}": "vision.blocks.{i}.attention.k.{p}",
+    "encoder.layer.{i}.attention.v_proj.{p}": "vision.blocks.{i}.attention.v.{p}",
+    "encoder.layer.{i}.attention.q_norm.weight": "vision.blocks.{i}.attention.q_norm.weight",
+    "encoder.layer.{i}.attention.k_norm.weight": "vision.blocks.{i}.attention.k_norm.weight",
+    "encoder.layer.{i}.attention.projection_layer.{p}": "vision.blocks.{i}.attention.out.{p}",
+    "encoder.layer.{i}.lambda_1": "vision.blocks.{i}.attention_scale",
+    "encoder.layer.{i}.layernorm_after.{p}": "vision.blocks.{i}.mlp_norm.{p}",
+    "encoder.layer.{i}.mlp.fc1.{p}": "vision.blocks.{i}.mlp.up.{p}",
+    "encoder.layer.{i}.mlp.fc2.{p}": "vision.blocks.{i}.mlp.down.{p}",
+    "encoder.layer.{i}.lambda_2": "vision.blocks.{i}.mlp_scale",
+    "layernorm.{p}": "-",
+    "embeddings.mask_token": "-",
+}
+"""transformers' own port of InternViT, OpenGVLab/InternVL3-1B-hf."""
+
+HF_VISION: dict[str, str] = {"{*}": "vision.model.{*}"}
+"""A transformers model that runs as it is: `{*}` is any name."""
+
+LLAVA_PROJECTOR: dict[str, str] = {
     "multi_modal_projector.linear_1.{p}": "projector.0.{p}",
     "multi_modal_projector.linear_2.{p}": "projector.2.{p}",
 }
+"""llava-hf/llava-1.5-7b-hf."""
+
+ORIGINAL_PROJECTOR: dict[str, str] = {
+    "model.mm_projector.{n}.{p}": "projector.{n}.{p}",
+    "model.mm_projector.{p}": "projector.0.{p}",
+}
+"""liuhaotian/llava-v1.5-7b; the second line is the linear projector of liuhaotian/LLaVA-7b-v0."""
+
+UNUSED = (r"(.*\.)?rotary_emb\.inv_freq", r"(visual|text)_projection\.weight", r"text_model\..*", r"logit_(scale|bias)")
+"""Patterns of more tensors that our models do not compute: old buffers, and the text tower of a CLIP."""
+
+ALIASES = (
+    (r"model\.language_model\.", "language_model.model."),
+    (r"model\.vision_tower\.", "vision_tower."),
+    (r"model\.multi_modal_projector\.", "multi_modal_projector."),
+    (r"lm_head\.", "language_model.lm_head."),
+)
+"""Beginnings of names as transformers holds a LLaVA in memory, and some trainers save it -> those of the tables."""
 
 
-def _pattern(spelling: str) -> str:
-    """A table's spelling as a regular expression."""
-    parts = {r"\{i\}": r"(?P<i>\d+)", r"\{p\}": "(?P<p>weight|bias)", r"\[": "(?:", r"\]": ")?"}
-    pattern = re.escape(spelling)
+def prefixed(table: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """A table whose checkpoint names begin with `prefix`."""
+    return {prefix + theirs: ours for theirs, ours in table.items()}
+
+
+def llava_table(decoder: Mapping[str, str], vision: Mapping[str, str]) -> dict[str, str]:
+    """The layout of transformers' LLaVA around a decoder's and an encoder's. Inside it `model.` of a decoder is no option."""
+    inside = {theirs.replace("[model.]", "model."): ours for theirs, ours in decoder.items()}
+    return {**prefixed(inside, "language_model."), **prefixed(vision, "vision_tower."), **LLAVA_PROJECTOR}
+
+
+def original_table(decoder: Mapping[str, str], vision: Mapping[str, str]) -> dict[str, str]:
+    """The layout of LLaVA's own repository; its encoder is in the file only where it was trained."""
+    return {**decoder, **prefixed(vision, "model.vision_tower.vision_tower."), **ORIGINAL_PROJECTOR}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The tensors of theirs that one of ours is made of."""
+
+    theirs: tuple[str, ...]
+    """Names as the table spells them; several only where they are stacked."""
+    stacked: bool = False
+    """Is ours a stack of theirs, an expert each?"""
+    part: tuple[int, int] | None = None
+    """(k, n): ours is rows k of n equal parts of theirs."""
+    leading: int = 0
+    """Leading dimensions of 1 that theirs has."""
+
+    def gather(self, tensors: list[Tensor]) -> Tensor:
+        """Ours, of theirs."""
+        x = torch.stack(tensors) if self.stacked else tensors[0]
+        if self.leading:
+            x = x.reshape(x.shape[self.leading :])
+        return x.chunk(self.part[1])[self.part[0]] if self.part else x
+
+
+@cache
+def _compiled(side: str) -> re.Pattern[str]:
+    """One side's spelling as a regular expression."""
+    parts = {
+        r"\{i\}": r"(?P<i>\d+)", r"\{n\}": r"(?P<n>\d+)", r"\{e\}": r"(?P<e>\d+)", r"\{p\}": "(?P<p>weight|bias)",
+        r"\{\*\}": "(?P<any>.+)", r"\[": "(?:", r"\]": ")?",
+    }  # fmt: skip
+    pattern = re.escape(re.sub(r"\^\d$", "", side))
     for written, meant in parts.items():
         pattern = pattern.replace(written, meant)
-    return pattern
+    return re.compile(re.sub(r"\\\{([a-z\\|]+)\\\}", lambda match: f"(?P<part>{match[1].replace(chr(92), '')})", pattern))
 
 
-def rename(name: str, table: Mapping[str, str], *, back: bool = False) -> str | None:
-    """The other side's name of a parameter, or None where the table has none; `back` goes from ours to theirs.
+def _filled(side: str, groups: Mapping[str, str]) -> str:
+    """A spelling with its fields filled in, optional parts written."""
+    text = re.sub(r"\^\d$", "", side).replace("{*}", groups.get("any") or "").replace("[", "").replace("]", "")
+    return re.sub(r"\{([a-z])\}", lambda match: groups[match[1]], text)
 
-    rename("model.layers.3.mlp.up_proj.weight", LLAMA) == "decoder.blocks.3.mlp.up.weight"
+
+def origin(name: str, table: Mapping[str, str], *, experts: int = 0) -> Origin | None:
+    """What the tensor `name` of ours is made of, or None where the table does not know it.
+
+    origin("decoder.blocks.3.mlp.up.weight", LLAMA).theirs == ("model.layers.3.mlp.up_proj.weight",)
     """
     for theirs, ours in table.items():
-        source, target = (ours, theirs) if back else (theirs, ours)
-        match = re.fullmatch(_pattern(source), name)
-        if match:
-            return target.replace("[", "").replace("]", "").format(**match.groupdict())
+        match = _compiled(ours).fullmatch(name)
+        if not match:
+            continue
+        groups = match.groupdict()
+        parts = re.search(r"\{([a-z]+(?:\|[a-z]+)+)\}", ours)
+        leading = re.search(r"\^(\d)$", theirs)
+        order = parts[1].split("|") if parts else []
+        return Origin(
+            theirs=tuple(_filled(theirs, {**groups, "e": str(e)}) for e in range(experts if "{e}" in theirs else 1)),
+            stacked="{e}" in theirs,
+            part=(order.index(groups["part"]), len(order)) if parts else None,
+            leading=int(leading[1]) if leading else 0,
+        )
     return None
 
 
-def convert(state: Mapping[str, Tensor], table: Mapping[str, str], *, back: bool = False) -> tuple[dict[str, Tensor], list[str]]:
-    """A state dict under the other side's names, and the names that the table does not know."""
-    renamed = {name: rename(name, table, back=back) for name in state}
-    return {new: state[name] for name, new in renamed.items() if new is not None}, [name for name, new in renamed.items() if new is None]
+def default_names(names: Iterable[str], table: Mapping[str, str], *, aliases: bool = False) -> dict[str, str]:
+    """Default spelling -> the name on disk, for the names that the table knows, however they are spelled.
+
+    `aliases` also takes the names of a LLaVA in transformers' memory.
+    """
+    found = {}
+    for name in names:
+        asked = name
+        for beginning, instead in ALIASES if aliases else ():
+            if re.match(beginning, name) and not name.startswith("language_model."):
+                asked = re.sub("^" + beginning, instead, name)
+                break
+        for theirs in table:
+            match = _compiled(theirs).fullmatch(asked)
+            if match:
+                found[_filled(theirs, match.groupdict())] = name
+                break
+    return found
 
 
-LLAMA_DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-}
-"""What transformers means by a field that a config.json leaves out, as llava-1.5-7b-hf does with nearly all of them."""
-
-CLIP_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-
-LLAVA_DEFAULTS = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
-
-FEATURES: dict[str, Feature] = {"default": "patch", "full": "cls_patch"}
-"""transformers' strategy -> ours."""
+def ours_of(name: str, table: Mapping[str, str]) -> str:
+    """Our name of a tensor in the default spelling of theirs, `{a|b|c}` and the like as the table writes it; empty if unknown."""
+    for theirs, ours in table.items():
+        match = _compiled(theirs).fullmatch(name)
+        if match:
+            for field, value in match.groupdict().items():
+                ours = ours.replace(f"{{{field}}}", value)
+            return ours
+    return ""
 
 
-def _must(config: Mapping, **legal: object) -> None:
-    """ValueError where a field says something that our model does not compute."""
-    for name, value in legal.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"config.json says {name}={config[name]!r}, which this model does not compute; only {value!r} can be imported.")
+def to_theirs(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors of ours under the default spelling of theirs. ValueError for one that the table does not know.
 
-
-def decoder_config(config: Mapping) -> DecoderConfig:
-    """Ours from the config.json of a Llama. ValueError for a mechanism that we do not compute."""
-    c = {**LLAMA_DEFAULTS, **{name: value for name, value in config.items() if value is not None}}
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    _must(c, model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
-    _must({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, rope_type="default")
-    return DecoderConfig(
-        vocab=c["vocab_size"],
-        width=c["hidden_size"],
-        layers=c["num_hidden_layers"],
-        heads=c["num_attention_heads"],
-        kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
-        ffn=c["intermediate_size"],
-        head_width=c.get("head_dim"),
-        eps=c["rms_norm_eps"],
-        rope_theta=rope.get("rope_theta", c["rope_theta"]),
-        max_positions=c["max_position_embeddings"],
-        tied=c.get("tie_word_embeddings", False),
-    )
-
-
-def vision_config(config: Mapping, *, select_layer: int = -2, feature: Feature = "patch") -> VisionConfig:
-    """Ours from the config.json of a CLIP vision model, or of a whole CLIP."""
-    c = {**CLIP_DEFAULTS, **config.get("vision_config", config)}
-    return VisionConfig(
-        image=c["image_size"],
-        patch=c["patch_size"],
-        width=c["hidden_size"],
-        layers=c["num_hidden_layers"],
-        heads=c["num_attention_heads"],
-        ffn=c["intermediate_size"],
-        activation=c["hidden_act"],
-        eps=c["layer_norm_eps"],
-        select_layer=select_layer,
-        feature=feature,
-    )
-
-
-def llava_config(config: Mapping) -> VLMConfig:
-    """Ours from the config.json of a `llava` model. ValueError for a mechanism that we do not compute."""
-    c = {**LLAVA_DEFAULTS, **config}
-    _must(c, projector_hidden_act="gelu", multimodal_projector_bias=True)
-    _must(c["vision_config"], model_type="clip_vision_model")
-    if not isinstance(c["vision_feature_layer"], int):
-        raise ValueError(f"config.json says vision_feature_layer={c['vision_feature_layer']}; one layer can be read, not several joined.")
-    return VLMConfig(
-        decoder=decoder_config({"tie_word_embeddings": c.get("tie_word_embeddings", False), **c["text_config"]}),
-        vision=vision_config(c["vision_config"], select_layer=c["vision_feature_layer"], feature=FEATURES[c["vision_feature_select_strategy"]]),
-        projector="mlp2x_gelu",
-    )
+    The parts of one of their tensors must be given together.
+    """
+    pieces: dict[str, dict[int, Tensor]] = {}
+    done: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        made = origin(name, table, experts=tensor.shape[0] if tensor.ndim == 3 else 0)
+        if made is None:
+            raise ValueError(f"{name} has no place in this format")
+        if made.part:
+            pieces.setdefault(made.theirs[0], {})[made.part[0]] = tensor
+            if len(pieces[made.theirs[0]]) == made.part[1]:
+                tensor = torch.cat([part for _, part in sorted(pieces.pop(made.theirs[0]).items())])
+            else:
+                continue
+        if made.stacked:
+            done |= dict(zip(made.theirs, tensor, strict=True))
+        else:
+            done[made.theirs[0]] = tensor.reshape((1,) * made.leading + tuple(tensor.shape))
+    assert not pieces, f"only a part of {sorted(pieces)} was given"
+    return done

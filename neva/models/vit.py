@@ -3,14 +3,17 @@
 Shapes: n tiles, c channels, h and w pixels, p patches, t tokens (patches and the class token), d width.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from neva.models.layers import MLP, Attention, FullAttention
+from neva.models.attention import FullAttention
+from neva.models.layers import MLP, NORMS, Attention, NormKind
 
 Feature = Literal["patch", "cls_patch"]
 
@@ -19,6 +22,10 @@ Feature = Literal["patch", "cls_patch"]
 class VisionConfig:
     """Sizes and mechanisms of a vision encoder."""
 
+    backend: Literal["native", "hf"] = "native"
+    """`hf` runs a transformers model as it is, for encoders that this file does not compute."""
+    hf_config: dict[str, Any] = field(default_factory=dict)
+    """Its config.json, for `backend=hf`; the sizes here only repeat it."""
     image: int
     """Side of a tile in pixels."""
     patch: int
@@ -28,15 +35,24 @@ class VisionConfig:
     """Layers of the published encoder; `depth` of them are computed."""
     heads: int
     ffn: int
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    head_width: int | None = None
+    """Width of one head; `width / heads` if not given."""
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
+    norm: NormKind = "layernorm"
     eps: float = 1e-5
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    """RMSNorm of queries and keys, over all heads together (InternViT-6B)."""
+    layer_scale: bool = False
+    """A learned factor on each channel of what attention and MLP add (InternViT)."""
     class_token: bool = True
     """Is there a learned token before the patches?"""
     feature: Feature = "patch"
     """Drop the class token from the features, or keep it."""
     pre_norm: bool = True
-    """A LayerNorm between the embeddings and the first block."""
+    """A norm between the embeddings and the first block."""
     patch_bias: bool = False
+    """A bias on the patch embedding."""
     select_layer: int = -2
     """Which hidden state is read, counted as transformers' `hidden_states`: 0 is the embeddings, -1 the last block's output."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -44,10 +60,12 @@ class VisionConfig:
     """Channel means and standard deviations of pixels scaled to 0..1."""
 
     def __post_init__(self):
-        if self.image % self.patch:
-            raise ValueError(f"image={self.image} is not a multiple of patch={self.patch}; a near size is {self.image // self.patch * self.patch}.")
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}.")
+        if (self.backend == "hf") != bool(self.hf_config):
+            raise ValueError(f"backend={self.backend}: hf needs hf_config, the config.json of a transformers vision model, and native has none.")
+        if not 0 < self.patch <= self.image:
+            raise ValueError(f"patch={self.patch} must be 1 to image={self.image}; pixels at the edge that fill no patch are not seen.")
+        if self.head_width is None and self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}; set head_width, or another number of heads.")
         if not -self.layers - 1 <= self.select_layer <= self.layers:
             raise ValueError(
                 f"select_layer={self.select_layer} is outside -{self.layers + 1}..{self.layers}, the hidden states of {self.layers} layers."
@@ -56,9 +74,19 @@ class VisionConfig:
             raise ValueError("feature=cls_patch keeps a class token, but class_token is false; set feature=patch.")
 
     @property
+    def head(self) -> int:
+        """Width of one attention head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of a tile; SigLIP's 384 pixels are 27 patches of 14, and 6 pixels that no patch covers."""
+        return self.image // self.patch
+
+    @property
     def patches(self) -> int:
         """Patches of a tile."""
-        return (self.image // self.patch) ** 2
+        return self.grid**2
 
     @property
     def tokens(self) -> int:
@@ -77,19 +105,26 @@ def normalise(tiles: UInt8[Tensor, "n c h w"], mean: tuple[float, ...], std: tup
 
 
 class VisionBlock(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x), with LayerNorm and biases."""
+    """x + attention(norm x), then x + mlp(norm x), each addition times its layer scale if there is one."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         c = config
-        self.attention_norm = nn.LayerNorm(c.width, eps=c.eps)
-        self.attention = Attention(c.width, c.heads, c.heads, c.width // c.heads, qkv_bias=True, out_bias=True, inner=FullAttention())
-        self.mlp_norm = nn.LayerNorm(c.width, eps=c.eps)
+        norm, qk_norm = NORMS[c.norm], c.eps if c.qk_norm else None
+        self.attention_norm = norm(c.width, c.eps)
+        self.attention = Attention(
+            c.width, c.heads, c.heads, c.head, qkv_bias=c.qkv_bias, out_bias=True, inner=FullAttention(), qk_norm=qk_norm
+        )  # fmt: skip
+        self.mlp_norm = norm(c.width, c.eps)
         self.mlp = MLP(c.width, c.ffn, c.activation)
+        self.attention_scale = nn.Parameter(torch.empty(c.width)) if c.layer_scale else None
+        self.mlp_scale = nn.Parameter(torch.empty(c.width)) if c.layer_scale else None
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
-        x = x + self.attention(self.attention_norm(x), None)
-        return x + self.mlp(self.mlp_norm(x))
+        y = self.attention(self.attention_norm(x), None)
+        x = x + (y if self.attention_scale is None else y * self.attention_scale)
+        y = self.mlp(self.mlp_norm(x))
+        return x + (y if self.mlp_scale is None else y * self.mlp_scale)
 
 
 class ViT(nn.Module):
@@ -101,7 +136,7 @@ class ViT(nn.Module):
         self.patch = nn.Conv2d(3, c.width, c.patch, stride=c.patch, bias=c.patch_bias)
         self.class_token = nn.Parameter(torch.empty(c.width)) if c.class_token else None
         self.positions = nn.Parameter(torch.empty(c.patches + c.class_token, c.width))
-        self.pre_norm = nn.LayerNorm(c.width, eps=c.eps) if c.pre_norm else nn.Identity()
+        self.pre_norm = NORMS[c.norm](c.width, c.eps) if c.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
 
     def forward(self, tiles: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n p d"]:
@@ -114,3 +149,14 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x[:, 1:] if self.class_token is not None and c.feature == "patch" else x
+
+
+def resize_positions(positions: Float[Tensor, "t d"], grid: int, *, class_token: bool) -> Float[Tensor, "u d"]:
+    """Learned positions for a grid of another side, bicubic between the patches' as InternVL and transformers do; a class token's stays."""
+    first, patches = positions[: int(class_token)], positions[int(class_token) :]
+    side = math.isqrt(patches.shape[0])
+    if side == grid:
+        return positions
+    square = patches.T.float().view(1, -1, side, side)
+    resized = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat((first, resized.flatten(2)[0].T.to(positions.dtype)))

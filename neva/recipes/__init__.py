@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 RECIPES: dict[str, str] = {
     "demo": "neva.recipes.demo:demo",
     "llava-tiny": "neva.recipes.llava_tiny:llava_tiny",
+    "llava15-7b": "neva.recipes.llava15:llava15_7b",
+    "llava15-13b": "neva.recipes.llava15:llava15_13b",
+    "neva-llama2-7b": "neva.recipes.neva:neva_llama2_7b",
+    "neva-llama2-13b": "neva.recipes.neva:neva_llama2_13b",
+    "neva-llama3-8b": "neva.recipes.neva:neva_llama3_8b",
+    "neva-mixtral": "neva.recipes.neva:neva_mixtral",
 }
 """Name on the command line -> module:function, imported when asked for."""
 

@@ -6,9 +6,12 @@ from operator import attrgetter
 from pathlib import Path
 
 from neva.config import nearest
+from neva.data.template import check
+from neva.data.templates import find_template
 from neva.data.tokenizer import load_tokenizer
 from neva.job import SourceConfig, TrainConfig
 from neva.recipes import digits
+from neva.recipes.demo import TOKENIZER
 
 MAKERS: dict[str, Callable[[Path], None]] = {"digits": digits.write}
 """`SourceConfig.make` -> the function that writes a data set into a folder."""
@@ -37,6 +40,13 @@ def resolve(stages: tuple[TrainConfig, ...]) -> tuple[TrainConfig, ...]:
     return tuple(_stage(stage) for stage in stages)
 
 
+def say_mock(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -> None:
+    """Say first, and plainly, which stages would train on made-up samples."""
+    made_up = [stage.name for stage in stages if all(source.mock for source in stage.data.blend)]
+    if made_up:
+        say(f"data.source is not set: {', '.join(made_up)} will train on made-up text and images, to see that it runs and how fast")
+
+
 def make_data(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -> None:
     """Write the data sets that resolved stages want made."""
     for source in dict.fromkeys(s for stage in stages for s in stage.data.blend if s.make):
@@ -49,7 +59,9 @@ def make_data(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -> No
 
 def _stage(stage: TrainConfig) -> TrainConfig:
     try:
-        data = replace(stage.data, sources=tuple(_place(source, stage.out) for source in stage.data.sources))
+        data = replace(stage.data, sources=tuple(_place(source, stage.out) for source in stage.data.sources), template=_template(stage.data.template))
+        if not data.tokenizer and data.blend and all(source.mock for source in data.blend):
+            data = replace(data, tokenizer=TOKENIZER)  # made-up text needs no other
         if data.image_folder and not data.source:
             raise ValueError("data.image_folder is set but data.source is not; name the data file: data.source=FILE")
         if not data.blend:
@@ -58,11 +70,21 @@ def _stage(stage: TrainConfig) -> TrainConfig:
             _check_files(source)
         if stage.evaluate.every and not stage.evaluate.source:
             raise ValueError("evaluate.every is set but evaluate.source is not; name a LLaVA-format file of held-out samples: evaluate.source=FILE")
-        _check_sizes(stage)
+        _check_sizes(replace(stage, data=data))
     except ValueError as error:
         raise ValueError(f"stage {stage.name}: {error}") from None
     held_out = replace(stage.evaluate, source=_within(stage.evaluate.source, stage.out), image_folder=_within(stage.evaluate.image_folder, stage.out))
     return replace(stage, data=data, evaluate=held_out)
+
+
+def _template(template: str) -> str:
+    """A file's text in place of its name."""
+    if not template.endswith((".jinja", ".j2")):
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"the chat template {template} cannot be read: {error.strerror}") from None
 
 
 def _place(source: SourceConfig, out: str) -> SourceConfig:
@@ -89,11 +111,15 @@ def _check_files(source: SourceConfig) -> None:
 def _check_sizes(stage: TrainConfig) -> None:
     if not stage.data.tokenizer:
         raise ValueError("there is no tokenizer; name a tokenizer.json, a SentencePiece .model or their folder: data.tokenizer=PATH")
-    size, decoder = load_tokenizer(stage.data.tokenizer).size, stage.model.decoder
+    tokenizer, decoder = load_tokenizer(stage.data.tokenizer), stage.model.decoder
+    check(find_template(stage.data.template, tokenizer))
+    size = tokenizer.size
     if size > decoder.vocab:
         raise ValueError(f"the tokenizer has {size} tokens but model.decoder.vocab={decoder.vocab}; set model.decoder.vocab={size} or more")
-    if stage.batch.seq_length > decoder.max_positions:
-        limit = f"model.decoder.max_positions={decoder.max_positions}"
+    if stage.batch.seq_length > decoder.reach:
+        limit = f"model.decoder.max_positions={decoder.max_positions}" + (
+            " stretched by rope_scaling" if decoder.reach > decoder.max_positions else ""
+        )
         raise ValueError(f"batch.seq_length={stage.batch.seq_length} is beyond {limit}; lower the one or raise the other")
     if stage.model.layout.tokens_per_image >= stage.batch.seq_length:
         raise ValueError(f"an image takes {stage.model.layout.tokens_per_image} tokens, all of batch.seq_length={stage.batch.seq_length}; raise it")

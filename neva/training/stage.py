@@ -1,9 +1,10 @@
 """One stage of training: built from a config and a checkpoint, changed step by step, saved and restored."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from neva.data.loader import Loader, LoaderOptions
 from neva.data.pack import Budget
 from neva.data.source import LlavaSource, MockSource
 from neva.data.tokenizer import Tokenizer, load_tokenizer
-from neva.job import SourceConfig, TrainConfig
+from neva.job import InitConfig, SourceConfig, TrainConfig
 from neva.models.vlm import VLM, fresh
 from neva.parallel import mesh as ranks
 from neva.parallel.wrap import fill, freeze, logical_parameters, parallelize
@@ -44,6 +45,8 @@ class Stage:
     step: int = 0
     """Optimiser steps done of this stage."""
     skipped_steps: int = 0
+    sources: dict[str, Path] = field(default_factory=dict)
+    """What the checkpoints that this stage began from remember of the folders that they were imported from: kind -> folder."""
     pinned: bool = False
     """Copy batches through page-locked memory?"""
 
@@ -62,8 +65,9 @@ def check(config: TrainConfig, *, world: int) -> None:
     make_loader(replace(config, data=replace(config.data, workers=0)), load_tokenizer(config.data.tokenizer), world=world).close()
     with torch.device("meta"):
         freeze(VLM(config.model), config.trainable)
-    if config.init.model:
-        store.find(Path(config.init.model))
+    for path in (config.init.model, *part_paths(config.init).values()):
+        if path:
+            store.find(Path(path))
     if config.evaluate.every:
         LlavaSource(config.evaluate.source, config.evaluate.image_folder)
 
@@ -89,7 +93,7 @@ def prepare(
     with torch.device("meta"):
         model = VLM(config.model)
     freeze(model, config.trainable)
-    say(_table(config, model))
+    say(parameter_table(config))
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     trained = frozenset("projector" if name.startswith("image_vectors") else name.split(".")[0] for name in names)
     parallelize(model, mesh, precision=config.precision, recompute=config.recompute, compile=config.compile)
@@ -97,16 +101,39 @@ def prepare(
     if resume is None and config.init.model:
         start = store.open_checkpoint(Path(config.init.model)).folder
     if begin := resume or start:
-        fresh_parts = [part for part in PARTS if resume is None and getattr(config.init, part) == "fresh"]
-        anew = tuple(beginning for part in fresh_parts for beginning in PARTS[part])
+        elsewhere = [part for part in PARTS if resume is None and getattr(config.init, part)]
+        anew = tuple(beginning for part in elsewhere for beginning in PARTS[part])
         store.load_weights(begin, into=dict(logical_parameters(model)), only=lambda name: not name.startswith(anew))
+    parts = part_paths(config.init) if resume is None else {}
+    folders = {part: store.open_checkpoint(Path(path)).folder for part, path in parts.items()}
+    for part, folder in folders.items():
+        store.load_weights(folder, into=dict(logical_parameters(model)), only=lambda name, of=PARTS[part]: name.startswith(of))
     stage = Stage(
         config=config, first_step=first_step, model=model, optimizer=make_optimizer(model, config.optim), loader=loader,
-        tokenizer=tokenizer, device=device, trained=trained, pinned=device.type == "cuda",
+        tokenizer=tokenizer, device=device, trained=trained, pinned=device.type == "cuda", sources=_sources(begin, config.init, folders),
     )  # fmt: skip
     if resume is not None:
         _restore(stage, resume)
     return stage
+
+
+def part_paths(init: InitConfig) -> dict[str, str]:
+    """Part -> the checkpoint that it comes from, for the parts that come from one of their own."""
+    return {part: path for part in PARTS if (path := getattr(init, part)) not in ("", "fresh")}
+
+
+def _sources(begin: Path | None, init: InitConfig, folders: dict[str, Path]) -> dict[str, Path]:
+    """The `source/` folders to carry on: those of the checkpoint that the stage begins from, less what comes from elsewhere, which brings its own."""
+    found = {folder.name: folder for folder in sorted((begin / "source").glob("*"))} if begin is not None else {}
+    replaced = [part for part in ("decoder", "vision") if getattr(init, part)]
+    if replaced and "vlm" in found:
+        whole = found.pop("vlm")
+        found = {"decoder": whole, "vision": whole} | found
+    found = {kind: folder for kind, folder in found.items() if kind not in replaced}
+    for part, folder in folders.items():
+        own = [folder / "source" / kind for kind in (part, "vlm") if (folder / "source" / kind).is_dir()]
+        found |= {part: own[0]} if own and part != "projector" else {}
+    return found
 
 
 def make_loader(config: TrainConfig, tokenizer: Tokenizer, *, rank: int = 0, world: int = 1) -> Loader:
@@ -233,11 +260,19 @@ def save(stage: Stage) -> Path:
         "system": config.data.system,
         "train": tree.to_dict(config),
     }
-    return store.save(
-        Path(config.out), step=stage.number, config=described, write_tokenizer=stage.tokenizer.save,
+    folder = store.save(
+        Path(config.out), step=stage.number, config=described, write_files=lambda folder: _write_files(stage, folder),
         weights={name: parameter.detach() for name, parameter in logical_parameters(stage.model)}, training=training,
         keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every,
     )  # fmt: skip
+    stage.sources = {kind: folder / "source" / kind for kind in stage.sources}  # the one they came from may be deleted now
+    return folder
+
+
+def _write_files(stage: Stage, folder: Path) -> None:
+    stage.tokenizer.save(folder / "tokenizer")
+    for kind, source in stage.sources.items():
+        shutil.copytree(source, folder / "source" / kind)
 
 
 def _restore(stage: Stage, folder: Path) -> None:
@@ -260,8 +295,11 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
     return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def _table(config: TrainConfig, model: VLM) -> str:
+def parameter_table(config: TrainConfig) -> str:
     """Parameters of each part, trained and frozen."""
+    with torch.device("meta"):
+        model = VLM(config.model)
+    freeze(model, config.trainable)
     rows: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         rows.setdefault(name.split(".", 1)[0], [0, 0])[not parameter.requires_grad] += parameter.numel()

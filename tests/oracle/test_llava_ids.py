@@ -1,4 +1,4 @@
-"""Our token ids and labels against LLaVA's own preprocessing (its `v1` and `plain`, run with its LlamaTokenizer).
+"""Our token ids and labels against LLaVA's own preprocessing (its `v1`, `v0`, `llama_2` and `plain`, run with its LlamaTokenizer).
 
 `tests/data/llava_prompts.json` holds what does not depend on the tokenizer: LLaVA's prompts and the texts that it puts loss on.
 The ids themselves need Llama-2's tokenizer, which we may not ship; they are compared where the shared data folder has it.
@@ -15,7 +15,8 @@ from PIL import Image
 from neva.batch import IGNORE, IMAGE, ImageLayout
 from neva.data.encode import Encoder
 from neva.data.sample import Sample, Turn
-from neva.data.tokenizer import Tokenizer, load_tokenizer
+from neva.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
+from neva.data.vocabularies import from_sentencepiece
 
 torch.set_num_threads(1)
 DATA = Path(__file__).parents[1] / "data"
@@ -38,7 +39,7 @@ def collapsed(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
 
 
 @needs_shared
-@pytest.mark.parametrize("template", ["v1", "plain"])
+@pytest.mark.parametrize("template", ["v1", "plain", "llama_2", "v0"])
 def test_ids_and_labels_equal_llavas(template: str) -> None:
     samples = {row["id"]: row for row in json.loads((SHARED / "llava_preprocess/samples.json").read_text())}
     expected = json.loads((SHARED / "llava_preprocess/expected.json").read_text())[template]
@@ -51,14 +52,42 @@ def test_ids_and_labels_equal_llavas(template: str) -> None:
         assert labels == row["labels"], row["id"]
 
 
+VOCABULARIES = {
+    "llama-spm": "llama2/tokenizer.model",
+    "llama-bpe": "llama3/tokenizer.model",
+    "qwen2": "qwen/qwen.tiktoken",
+    "gpt-2": "gpt2/encoder.json",
+}
+
+
+@needs_shared
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_ids_equal_llama_cpps(name: str) -> None:
+    """SentencePiece, tiktoken's ranks and GPT-2's pair of files give the ids that llama.cpp expects of them."""
+    tokenizer = load_tokenizer(SHARED / "tokenizers" / VOCABULARIES[name])
+    folder = SHARED / "tokenizers/expected_ids"
+    texts = (folder / f"{name}.inp").read_text().split("\n__ggml_vocab_test__\n")
+    lines = (folder / f"{name}.out").read_text().splitlines()
+    assert len(lines) >= 46
+    for text, line in zip(texts, lines, strict=False):
+        assert tokenizer.encode(text) == [int(id) for id in line.split()], text
+
+
+@needs_shared
+def test_sentencepiece_as_json_keeps_the_ids() -> None:
+    """The tokenizer.json that an export writes for a SentencePiece model gives the same ids, special tokens inside a text included."""
+    tokenizer = load_tokenizer(SHARED / "tokenizers/llama2/tokenizer.model")
+    written = JsonTokenizer(from_sentencepiece(tokenizer.files["tokenizer.model"]))
+    texts = (SHARED / "tokenizers/expected_ids/llama-spm.inp").read_text().split("\n__ggml_vocab_test__\n")
+    texts += ["USER: <s>a</s>b ASSISTANT: yes</s>USER: no", "</s>\n\nx", " a  b ", "ä€😀\x00"]
+    for text in texts:
+        assert written.encode(text) == tokenizer.encode(text), text
+    assert (written.bos, written.eos, written.size) == (tokenizer.bos, tokenizer.eos, tokenizer.size)
+
+
 @needs_shared
 def test_sentencepiece_ids_equal_the_reference() -> None:
     tokenizer = load_tokenizer(SHARED / "tokenizers/llama2/tokenizer.model")
-    folder = SHARED / "tokenizers/expected_ids"
-    texts = (folder / "llama-spm.inp").read_text().split("\n__ggml_vocab_test__\n")
-    lines = (folder / "llama-spm.out").read_text().splitlines()
-    for text, line in zip(texts, lines, strict=False):
-        assert tokenizer.encode(text) == [int(id) for id in line.split()], text
     reference = [json.loads(line) for line in (SHARED / "tokenizers/reference_encodings.jsonl").read_text().splitlines()]
     plain = [row for row in reference if "s>" not in row["text"]]  # the reference does not split at special tokens
     assert len(plain) > 50

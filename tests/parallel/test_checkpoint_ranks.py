@@ -84,9 +84,10 @@ def sharded(seed: int, mesh: tuple[int, ...]) -> dict[str, Tensor]:
 
 def save(run: Path, weights: dict[str, Tensor], step: int = 1, training: Training | None = None) -> Path:
     def tokenizer(folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
+        (folder / "tokenizer").mkdir()
+        (folder / "tokenizer" / "tokenizer.json").write_text("{}")
 
-    return store.save(run, step=step, config={"a": 1}, write_tokenizer=tokenizer, weights=weights, training=training, keep_last=2, keep_every=0)
+    return store.save(run, step=step, config={"a": 1}, write_files=tokenizer, weights=weights, training=training, keep_last=2, keep_every=0)
 
 
 def save_sharded(rank: int, run: Path, seed: int, step: int, mesh: tuple[int, ...]) -> str:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from neva.batch import IMAGE, Batch
-from neva.models.decoder import Block, DecoderConfig
-from neva.models.layers import Documents, PackedAttention, dense_mask, document_attention, rope_tables
+from neva.models.attention import Documents, PackedAttention, dense_mask, document_attention
+from neva.models.decoder import Block, Decoder, DecoderConfig
+from neva.models.layers import rope_tables
 from neva.models.presets import VLMS
 from neva.models.vlm import build
 from tests.packed import item, pack
@@ -121,7 +122,7 @@ def test_operator():
     """torch's own checks of the custom operator: schema, fake tensors, autograd registration, dynamic shapes."""
     layout = LAYOUTS["padding"]
     q, k, v, _ = (x.flatten(0, 1).requires_grad_() for x in draw(layout, 4, 2))
-    results = torch.library.opcheck(document_attention, (q, k, v, layout.cu_seqlens, layout.segments))
+    results = torch.library.opcheck(document_attention, (q, k, v, layout.cu_seqlens, layout.segments, 0))
     assert len(results) >= 4 and set(results.values()) == {"SUCCESS"}
 
 
@@ -193,7 +194,7 @@ def compile_block() -> None:
         x = torch.randn(1, 96, 32, requires_grad=True)
         results = []
         for function in functions:
-            out, _ = function(x, layout, rope_tables(torch.arange(96)[None], config.head, 1e4))
+            out, _ = function(x, layout, rope_tables(torch.arange(96)[None], Decoder(config).rotary))
             results.append((out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])))
         for other in results[1:]:
             for a, b in zip(results[0], other, strict=True):

@@ -52,10 +52,10 @@ def training(seed: int = 0) -> Training:
     return Training(tensors=moments, per_rank={"cpu": torch.Generator().manual_seed(seed).get_state()}, state=STATE)
 
 
-def write_tokenizer(folder: Path) -> None:
-    (folder / "nested").mkdir()
-    (folder / "tokenizer.json").write_text('{"model": {}}')
-    (folder / "nested" / "merges.txt").write_text("a b")
+def write_files(folder: Path) -> None:
+    (folder / "tokenizer" / "nested").mkdir(parents=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text('{"model": {}}')
+    (folder / "tokenizer" / "nested" / "merges.txt").write_text("a b")
 
 
 def put(run: Path, step: int = 3, seed: int = 0, keep_last: int = 0, keep_every: int = 0, imported: bool = False) -> Path:
@@ -63,7 +63,7 @@ def put(run: Path, step: int = 3, seed: int = 0, keep_last: int = 0, keep_every:
         run,
         step=step,
         config=CONFIG,
-        write_tokenizer=write_tokenizer,
+        write_files=write_files,
         weights=tensors(seed),
         training=None if imported else training(seed),
         keep_last=keep_last,
@@ -129,7 +129,7 @@ def test_round_trip_is_bit_for_bit(tmp_path: Path) -> None:
 def test_parameters_are_saved_and_filled_in_place(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    arguments = {"config": {}, "write_tokenizer": lambda folder: None, "training": Training(), "keep_last": 0, "keep_every": 0}
+    arguments = {"config": {}, "write_files": lambda folder: None, "training": Training(), "keep_last": 0, "keep_every": 0}
     folder = store.save(tmp_path, step=0, weights=dict(module.named_parameters()), **arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -192,7 +192,7 @@ def test_random_state_of_another_rank_count_is_skipped_and_said(tmp_path: Path) 
 
 
 def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path) -> None:
-    common = {"step": 1, "config": {}, "write_tokenizer": write_tokenizer, "keep_last": 0, "keep_every": 0}
+    common = {"step": 1, "config": {}, "write_files": write_files, "keep_last": 0, "keep_every": 0}
     for weights, kept, match in (
         ({"w": torch.zeros(2, device="meta")}, None, "'w' is on the meta device"),
         ({}, Training(tensors={"rank0/cpu": torch.zeros(1)}), "rank0/cpu.*Rename"),
@@ -207,9 +207,9 @@ def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path) -> None:
 def test_tokenizer_failures_and_links_leave_nothing_behind(tmp_path: Path) -> None:
     common = {"step": 1, "config": {}, "weights": {}, "training": None, "keep_last": 0, "keep_every": 0}
     with pytest.raises(CheckpointError, match="RuntimeError: no such vocabulary"):
-        store.save(tmp_path, write_tokenizer=lambda _: (_ for _ in ()).throw(RuntimeError("no such vocabulary")), **common)
+        store.save(tmp_path, write_files=lambda _: (_ for _ in ()).throw(RuntimeError("no such vocabulary")), **common)
     with pytest.raises(CheckpointError, match="is a link"):
-        store.save(tmp_path, write_tokenizer=lambda folder: (folder / "x").symlink_to("/dev/null"), **common)
+        store.save(tmp_path, write_files=lambda folder: (folder / "x").symlink_to("/dev/null"), **common)
     assert steps(tmp_path) == []
 
 
@@ -534,7 +534,7 @@ def test_full_disk(tmp_path: Path, shape: tuple[int, ...]) -> None:
     weights = {"big": big} if big.dim() == 1 else {f"w{number}": row for number, row in enumerate(big)}
     with small_disk(tmp_path / "disk") as run:
         older = put(run, step=1, seed=1)
-        common = {"config": CONFIG, "write_tokenizer": write_tokenizer, "keep_last": 1, "keep_every": 0}
+        common = {"config": CONFIG, "write_files": write_files, "keep_last": 1, "keep_every": 0}
         with pytest.raises(CheckpointError) as caught:
             store.save(run, step=2, weights=weights, training=None, **common)
         with pytest.raises(CheckpointError):
@@ -558,7 +558,7 @@ def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
             tmp_path,
             step=2,
             config={},
-            write_tokenizer=write_tokenizer,
+            write_files=write_files,
             weights={"big": torch.zeros(100_000)},
             training=None,
             keep_last=1,

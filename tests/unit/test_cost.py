@@ -23,6 +23,9 @@ CONFIGS = {
     "linear": replace(PLAIN, projector="linear", vision=replace(PLAIN.vision, feature="cls_patch", select_layer=-1)),
     "identity": replace(PLAIN, projector="identity", vision=replace(PLAIN.vision, width=32)),
     "deep": replace(PLAIN, projector="mlp3x_gelu", use_im_start_end=True),
+    "window": replace(PLAIN, decoder=replace(PLAIN.decoder, window=4, mlp="squared_relu")),
+    "shuffled": replace(PLAIN, pixel_shuffle="v2", projector="norm_mlp2x_gelu", vision=replace(PLAIN.vision, heads=3, head_width=10)),
+    "experts": replace(PLAIN, decoder=replace(PLAIN.decoder, experts=3, active_experts=2)),
 }
 PARTS = ("vision", "projector", "decoder", "head")
 TRAINED = {
@@ -36,22 +39,22 @@ TRAINED = {
 }
 
 
-def pairs(bounds: torch.Tensor, segments: torch.Tensor) -> int:
+def pairs(bounds: torch.Tensor, segments: torch.Tensor, window: int) -> int:
     """Query-key pairs that the mask allows, one by one."""
     flat, total = segments.flatten().tolist(), 0
     for start, stop in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
-        total += sum(j <= i for i in range(start, stop) for j in range(start, stop) if flat[i])
+        total += sum(j <= i and (not window or i - j < window) for i in range(start, stop) for j in range(start, stop) if flat[i])
     return total
 
 
-def attention(q, k, v, bounds, segments, **_) -> int:
+def attention(q, k, v, bounds, segments, window, **_) -> int:
     """Two products of e multiply-adds for each pair and head."""
-    return 2 * 2 * q.shape[-1] * q.shape[-2] * pairs(bounds, segments)
+    return 2 * 2 * q.shape[-1] * q.shape[-2] * pairs(bounds, segments, window)
 
 
-def attention_backward(grad, saved, bounds, segments, **_) -> int:
+def attention_backward(grad, saved, bounds, segments, window, **_) -> int:
     """Five products: the scores again, and the gradients of weights, q, k and v."""
-    return 5 * 2 * grad.shape[-1] * grad.shape[-2] * pairs(bounds, segments)
+    return 5 * 2 * grad.shape[-1] * grad.shape[-2] * pairs(bounds, segments, window)
 
 
 def vision(q, *_, **__) -> int:
@@ -70,9 +73,15 @@ def product(_sum, a, b, *_, **__) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
+def grouped(a, b, *_, **__) -> int:
+    """Each row meets one expert's matrix; with two matrices each expert's is made of its rows."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
 attention._get_raw = attention_backward._get_raw = True
 FORMULAS = {
     torch.ops.aten.addmm_: product,
+    torch.ops.aten._grouped_mm: grouped,
     torch.ops.neva.document_attention: attention,
     torch.ops.neva.document_attention_backward: attention_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: vision,

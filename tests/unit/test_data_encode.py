@@ -18,7 +18,8 @@ from neva.batch import IGNORE, IMAGE, IMAGE_END, IMAGE_START, ImageLayout
 from neva.data.encode import Encoder
 from neva.data.sample import Encoded, Sample, SampleError, Turn
 from neva.data.source import MockSource
-from neva.data.template import TEMPLATES, Template, find_template, render
+from neva.data.template import render
+from neva.data.templates import TEMPLATES, find_template
 from neva.data.tokenizer import JsonTokenizer, load_tokenizer
 
 torch.set_num_threads(1)
@@ -78,8 +79,7 @@ def test_rendering(case: str) -> None:
 
 def test_stops() -> None:
     assert TEMPLATES["plain"].stops == ("\n",) and TEMPLATES["v1"].stops == ()
-    assert Template(end="<|im_end|>").stops == ("<|im_end|>",)
-    with pytest.raises(ValueError, match="no template 'v2': there are plain, v1"):
+    with pytest.raises(ValueError, match="no template 'v2'. Known: plain, v0, v1"):
         Encoder(TINY, "v2", None, LAYOUT)
 
 

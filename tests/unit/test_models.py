@@ -10,7 +10,7 @@ from torch import Tensor
 from neva.batch import IGNORE, IMAGE, IMAGE_END, IMAGE_START
 from neva.models import cost, decoder
 from neva.models.decoder import DecoderConfig, Head, LinearLoss
-from neva.models.layers import MLP, GatedMLP, RMSNorm, rope, rope_tables
+from neva.models.layers import MLP, GatedMLP, RMSNorm, Rotary, rope, rope_tables
 from neva.models.presets import DECODERS, VISION, VLMS
 from neva.models.vit import VisionConfig, ViT, normalise
 from neva.models.vlm import VLM, VLMConfig, build, fresh, projector
@@ -69,7 +69,7 @@ def test_projectors():
 @pytest.mark.parametrize("name", ["mlp0x_gelu", "mlp2x", "mlp2x_relu", "Linear", "", "mlp22x_gelu", "identity "])
 def test_unknown_projector(name):
     """A name that is no projector is refused when the config is made, and the legal ones are listed."""
-    with pytest.raises(ValueError, match="there are identity, linear and mlpNx_gelu"):
+    with pytest.raises(ValueError, match="there are identity, linear, mlpNx_gelu"):
         replace(TINY, projector=name)
 
 
@@ -169,7 +169,7 @@ def test_normalise():
     [
         (TINY.decoder, {"kv_heads": 3}, "heads=4 is not a multiple of kv_heads=3"),
         (TINY.decoder, {"width": 66}, "width=66 is not a multiple of heads=4"),
-        (TINY.vision, {"image": 30}, "image=30 is not a multiple of patch=7; a near size is 28"),
+        (TINY.vision, {"image": 6}, "patch=7 must be 1 to image=6"),
         (TINY.vision, {"width": 65}, "width=65 is not a multiple of heads=2"),
         (TINY.vision, {"select_layer": 3}, r"select_layer=3 is outside -3..2"),
         (TINY.vision, {"select_layer": -4}, r"select_layer=-4 is outside -3..2"),
@@ -199,6 +199,46 @@ def test_published_sizes():
     assert base.vision == 87_456_000 - 2 * 768
 
 
+PUBLISHED = {
+    "llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192, "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496, "llama3.1-8b": 8_030_261_248, "llama3.1-70b": 70_553_706_496, "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.2": 7_241_732_096, "mistral-7b-v0.3": 7_248_023_552, "mixtral-8x7b": 46_702_792_704, "mixtral-8x22b": 140_620_634_112,
+    "qwen2-0.5b": 494_032_768, "qwen2-1.5b": 1_543_714_304, "qwen2-7b": 7_615_616_512, "qwen2-72b": 72_706_203_648,
+    "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304, "qwen2.5-3b": 3_085_938_688, "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664, "qwen2.5-32b": 32_763_876_352, "qwen2.5-72b": 72_706_203_648, "yi-34b": 34_388_917_248,
+}  # fmt: skip
+"""Parameters by the index files of the published checkpoints."""
+WITHOUT_EMBEDDINGS = {
+    "nemotron4-15b": "12.5", "nemotron4-340b": "331.6", "minitron-4b": "2.6", "minitron-8b": "6.2", "nvgpt-8b": "6.4",
+}  # fmt: skip
+"""Billions of parameters without embeddings, as the articles round them: arXiv 2402.16819, 2406.11704, 2407.14679; NVGPT 8B is 8.5 with them."""
+ENCODERS = {"siglip-so400m-14-384": "413.0", "siglip-base-16-224": "85.8", "internvit-300m-448": "304.0", "internvit-6b-448": "5536.5"}
+"""Millions of parameters to the last layer, without norm and pooling head behind it."""
+
+
+def test_published_decoders():
+    """Each preset of a decoder has the published number of parameters."""
+    assert {*PUBLISHED, *WITHOUT_EMBEDDINGS, "nvgpt-2b", "nvgpt-43b", "llama-tiny"} == {*DECODERS}
+    for name, config in DECODERS.items():
+        counts = cost.parameters(VLMConfig(decoder=config, vision=None, projector="none"))
+        total, vocabulary = counts.decoder + counts.head, config.vocab * config.width * (1 if config.tied else 2)
+        if name in PUBLISHED:
+            assert total == PUBLISHED[name], name
+        if name in WITHOUT_EMBEDDINGS:
+            assert f"{(total - vocabulary) / 1e9:.1f}" == WITHOUT_EMBEDDINGS[name]
+    for name, billions in (("nvgpt-2b", 2.25), ("nvgpt-43b", 42.85)):
+        counts = cost.parameters(VLMConfig(decoder=DECODERS[name], vision=None, projector="none"))
+        assert abs((counts.decoder + counts.head) / 1e9 - billions) < 0.01
+
+
+def test_published_encoders():
+    """Each preset of an encoder has the published number of parameters; NVLM's heads of zeros add their own."""
+    for name, millions in ENCODERS.items():
+        with torch.device("meta"):
+            model = ViT(replace(VISION[name], select_layer=-1))
+        assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}" == millions, name
+
+
 def test_presets():
     """Any decoder goes with any vision encoder, by LLaVA-1.5's projector unless told otherwise."""
     for name in DECODERS:
@@ -218,22 +258,25 @@ def test_rms_norm_and_mlps():
     torch.nn.init.normal_(norm.weight)
     exact = x.double()
     assert (norm(x) - exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight).abs().max() < 1e-5
-    gated = GatedMLP(8, 12)
+    gated = GatedMLP(8, 12, "swiglu")
     assert torch.allclose(gated(x), gated.down(F.silu(gated.gate(x)) * gated.up(x)))
     plain = MLP(8, 12, "quick_gelu")
     up = plain.up(x)
     assert torch.allclose(plain(x), plain.down(up * torch.sigmoid(1.702 * up)))
 
 
+ROTARY = Rotary(width=8, theta=1e4, scaling=None, limit=4096)
+
+
 def test_rope_turns_pairs():
     """Channel i and i + e/2 turn by position * theta^(-2i/e); scores depend on the distance alone."""
     positions, q, k = torch.tensor([[0, 3, 700]]), torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 8)
-    cos, sin = rope_tables(positions, 8, 1e4)
+    cos, sin = rope_tables(positions, ROTARY)
     turned = rope(q, cos, sin)
     angles = positions.double()[0, :, None] * 1e4 ** (-torch.arange(0, 8, 2).double() / 8)
     pairs = torch.complex(q[..., :4].double(), q[..., 4:].double())[0] * torch.polar(torch.ones_like(angles), angles)[:, None]
     assert (turned[0] - torch.cat((pairs.real, pairs.imag), -1)).abs().max() < 1e-4
-    far = rope_tables(positions + 50, 8, 1e4)
+    far = rope_tables(positions + 50, ROTARY)
     scores = [rope(q, *tables)[0, 0, 0] @ rope(k, *tables)[0, 1, 0] for tables in ((cos, sin), far)]
     assert (scores[0] - scores[1]).abs() < 1e-4
 

@@ -1,0 +1,82 @@
+"""`neva import`: read, plan, write, prove equal, publish."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from neva.checkpoint import gate, index, parity
+from neva.checkpoint import hf as folders
+from neva.checkpoint.hf import Options, Plan, Source
+from neva.checkpoint.manifest import CheckpointError
+from neva.checkpoint.nemo import is_nemo, read_nemo
+from neva.data.templates import find_template
+from neva.data.tokenizer import Tokenizer, load_tokenizer
+
+VICUNA = ("llava", "llava-original")
+"""Formats whose chat format is LLaVA's `v1` where nobody says otherwise."""
+MOST_PADDING = 2048
+"""Most rows that an embedding may have beyond the tokenizer: it is padded to round sizes, and has places for tokens added later."""
+
+
+def import_model(sources: Sequence[Path], out: Path, options: Options, *, check: bool = True, say: Callable[[str], None] = print) -> Path:
+    """Make a neva checkpoint `out` of one or two Hugging Face folders, and give its path.
+
+    ValueError, and nothing half-written left, for sources that cannot be imported or that our model does not compute equally;
+    `check=False` leaves out the latter. An import that is killed goes on when it is started again.
+    """
+    scratch = out.with_name(out.name + ".unpacked")
+    read = [_open(Path(source), scratch / str(number)) for number, source in enumerate(sources)]
+    chosen = folders.plan(read, options)
+    for warning in chosen.warnings:
+        say(f"warning: {warning}")
+    tokenizer = _tokenizer(chosen, say)
+    template = _template(chosen, options, tokenizer)
+    for name in chosen.new:
+        say(f"new, drawn from seed {options.seed}: {name} {list(chosen.tensors[name].shape)}")
+    described = folders.describe(chosen, options, template)
+    temporary = folders.write(chosen, out, described=described, write_tokenizer=tokenizer.save if tokenizer else None, tick=lambda size: None)
+    if check:
+        differences = gate.compare(chosen.sources, chosen.model, chosen.vision, lambda name: index.read(temporary / "weights", name))
+        say(parity.show(differences) if differences else "NOT COMPARED: transformers has no model of this format to compare with")
+        parity.check(differences, str(out))
+        described["source"]["parity"] = {d.part: d.largest for d in differences}
+    else:
+        say("NOT COMPARED with transformers (--no-parity): nothing shows that this checkpoint computes what its source does")
+        described["source"]["parity"] = None
+    folders.write_config(temporary, described)
+    published = folders.publish(temporary, out)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return published
+
+
+def _open(path: Path, scratch: Path) -> Source:
+    return read_nemo(path, scratch) if is_nemo(path) else folders.read_source(path)
+
+
+def _tokenizer(chosen: Plan, say: Callable[[str], None]) -> Tokenizer | None:
+    if chosen.model is None:
+        return None
+    source = next(source for source in chosen.sources if source.kind != "vision")
+    try:
+        tokenizer = load_tokenizer(source.folder)
+    except ValueError as error:
+        if source.has_tokenizer:
+            raise CheckpointError(str(error)) from None
+        say(f"warning: {source.folder} holds no tokenizer: set data.tokenizer when you train, and it cannot generate before that")
+        return None
+    vocab = chosen.model.decoder.vocab
+    if not vocab - MOST_PADDING <= tokenizer.size <= vocab:
+        raise CheckpointError(f"{source.folder}: its tokenizer has {tokenizer.size} tokens, its embedding {vocab}; they are not of one model.")
+    return tokenizer
+
+
+def _template(chosen: Plan, options: Options, tokenizer: Tokenizer | None) -> str:
+    """The one asked for, else LLaVA's for a LLaVA, else the tokenizer's own (empty), else plain text."""
+    if options.template:
+        find_template(options.template, tokenizer)
+        return options.template
+    if given := next((source.template for source in chosen.sources if source.template), ""):
+        return given
+    if any(source.format in VICUNA for source in chosen.sources):
+        return "v1"
+    return "" if tokenizer is not None and tokenizer.chat_template else "v1" if chosen.vision is not None else "plain"

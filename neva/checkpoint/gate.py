@@ -1,0 +1,68 @@
+"""Which models the parity gate compares: a checkpoint's tensors against the folders that they came from, or went to."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from neva.checkpoint import parity
+from neva.checkpoint.hf import Source, relative
+from neva.checkpoint.parity import Difference, Peer
+from neva.models import hf
+from neva.models.vit import VisionConfig
+from neva.models.vlm import VLMConfig
+
+Read = Callable[[str], Tensor]
+
+
+def compare(sources: Sequence[Source], model: VLMConfig | None, vision: VisionConfig | None, read: Read) -> list[Difference]:
+    """Our tensors, from `read`, against transformers on each of the folders; in slices where two fp32 copies do not fit in memory."""
+    found: list[Difference] = []
+    fits = parity.fits(sum(math.prod(entry.shape) for source in sources for entry in source.shards.entries.values()))
+    for source in sources:
+        if source.format in ("nemo", "nemo-neva"):
+            continue
+        seen, original = _at_own_resolution(source, vision, read)
+        if source.format == "llava" and fits and model is not None:
+            found += parity.llava(replace(model, vision=seen), original, source.folder)
+            continue
+        if source.kind != "vision" and model is not None:
+            found += parity.decoder(model.decoder, read, peer(source, "decoder"), whole=fits)
+        if seen is not None and (source.kind == "vision" or source.format == "llava"):
+            found += parity.vision(seen, original, peer(source, "vision"), whole=fits)
+    return found
+
+
+def peer(source: Source, part: str) -> Peer:
+    """The decoder or the encoder of a folder as transformers' model of that alone."""
+    taken = set(source.spelled.values())
+    if source.kind == part:
+        kept = {**source.spelled, **{relative(name): name for name in source.shards.entries if name not in taken and not name.startswith("text_")}}
+        config, folder = source.config, source.folder if source.format != "intern_vit_6b" else None
+        return Peer(config=config, names=tuple(kept), read=lambda name: source.shards.read(kept[name]), folder=folder)
+    beginnings = ("vision.",) if part == "vision" else ("decoder.", "head.")
+    inside = {relative(default): name for default, name in source.spelled.items() if hf.ours_of(default, source.table).startswith(beginnings)}
+    if part == "vision":
+        inside |= {relative(name): name for name in source.shards.entries if name not in taken}
+        config = source.config["vision_config"]
+    elif source.format == "llava-original":
+        config = {**source.config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    else:
+        config = {"model_type": "llama", **source.config["text_config"]}
+    return Peer(config=config, names=tuple(inside), read=lambda name: source.shards.read(inside[name]))
+
+
+def _at_own_resolution(source: Source, vision: VisionConfig | None, read: Read) -> tuple[VisionConfig | None, Read]:
+    """The encoder and `read` as they were before position embeddings were resized: transformers' side has those."""
+    own = source.model if isinstance(source.model, VisionConfig) else source.model.vision if isinstance(source.model, VLMConfig) else None
+    if vision is None or own is None or source.format == "llava-original" or own.image == vision.image:
+        return vision, read
+
+    def original(name: str) -> Tensor:
+        made = hf.origin(name, source.table)
+        if name != "vision.positions" or made is None:
+            return read(name)
+        return made.gather([source.shards.read(source.spelled[made.theirs[0]])])
+
+    return replace(vision, image=own.image), original

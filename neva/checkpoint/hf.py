@@ -1,0 +1,437 @@
+"""Hugging Face folders -> neva checkpoints: streamed, resumable, all or nothing.
+
+    DIR/neva.yaml      the model's config, the chat template, and where all came from
+        tokenizer/     the tokenizer's files
+        weights/       DCP, in the dtype of the source unless another is asked for
+        source/        what export gives back: configs, spelling of names, tensors that the model does not compute
+        manifest.json
+
+While it is written it is `DIR.tmp`; an import of the same files goes on from what is there.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from neva import config as tree
+from neva.checkpoint import stream
+from neva.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, digests, few, listing, serialise, sync
+from neva.checkpoint.peers import in_memory
+from neva.checkpoint.shards import Shards, open_shards, read_json
+from neva.models import hf, hf_config
+from neva.models.decoder import DecoderConfig
+from neva.models.vit import VisionConfig, resize_positions
+from neva.models.vlm import VLM, ImageConfig, VLMConfig, fresh
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+KEPT_FILES = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json", "chat_template.jinja",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+"""Small files of a folder that export gives back where the model has not outgrown them."""
+KEYS, UNUSED = "keys.json", "unused.safetensors"
+WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+"""Type of a model with a text tower too -> that of its vision tower."""
+WITHOUT_ENCODER = ("llava-original", "nemo-neva")
+"""Formats of a VLM whose encoder is a checkpoint of its own."""
+Kind = Literal["vlm", "decoder", "vision"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Source:
+    """A folder of Hugging Face's or LLaVA's making, read but for its tensors."""
+
+    folder: Path
+    kind: Kind
+    format: str
+    """Its `model_type`; `llava-original` is the layout of LLaVA's own repository."""
+    config: Mapping[str, Any]
+    """Its config.json."""
+    model: VLMConfig | DecoderConfig | VisionConfig
+    image: ImageConfig | None
+    """How images are brought to size; None where the folder does not say."""
+    shards: Shards
+    table: Mapping[str, str]
+    template: str = ""
+    """Chat format that it was trained with, where the folder says so."""
+    spelled: Mapping[str, str]
+    """Default spelling of each tensor that the table knows -> its name here."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Does the folder hold one?"""
+        return any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def read_source(folder: Path) -> Source:
+    """What a folder holds. CheckpointError for a damaged one, ValueError for a family or mechanism that neva does not compute."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; give one that holds config.json and weights.")
+    config = read_json(folder / "config.json")
+    try:
+        if config.get("quantization_config"):
+            raise ValueError("config.json says that the weights are quantised; import the plain ones.")
+        return _read(folder, config)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"config.json lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{folder} cannot be imported: {reason}") from None
+
+
+def _read(folder: Path, config: dict[str, Any]) -> Source:
+    shards = open_shards(folder)
+    image, pixels = image_settings(folder)
+    model_type = config.get("model_type", "")
+    if "mm_vision_tower" in config:
+        encoder = VisionConfig(image=336, patch=14, width=config["mm_hidden_size"], layers=24, heads=16, ffn=4096)  # until it is given
+        table: Mapping[str, str] = hf.original_table(hf.LLAMA, hf.CLIP)
+        model: Any = hf_config.original_config(config, encoder)
+        source = {"kind": "vlm", "format": "llava-original", "image": model.image}
+    elif model_type == "llava":
+        model = hf_config.llava_config(config)
+        text, vision = hf_config.DECODERS[config["text_config"].get("model_type", "llama")], config["vision_config"]["model_type"]
+        table = hf.llava_table(text.table, hf_config.VISION[vision].table if vision in hf_config.VISION else hf.HF_VISION)
+        model = replace(model, vision=replace(model.vision, **pixels), image=image or ImageConfig(aspect="crop"))
+        source = {"kind": "vlm", "format": "llava", "image": image}
+    elif model_type in hf_config.DECODERS:
+        model, table = hf_config.decoder_config(config), hf_config.DECODERS[model_type].table
+        source = {"kind": "decoder", "format": model_type, "image": None}
+    else:
+        described = {**config["vision_config"], "model_type": WHOLE[model_type]} if model_type in WHOLE else config
+        family = hf_config.VISION.get(described.get("model_type", ""))
+        rows = next((entry.shape[0] for name, entry in shards.entries.items() if name.endswith("attn.qkv.weight")), 0)
+        layer = -1 if family in (hf_config.VISION["intern_vit_6b"], hf_config.VISION["internvl_vision"]) else -2
+        model = hf_config.vision_config(described, select_layer=layer, qkv_rows=rows)
+        if model.backend == "hf" and not {"mean", "std"} <= pixels.keys():
+            raise ValueError(f"a {described['model_type']} needs a preprocessor_config.json beside it, for image_mean and image_std.")
+        model = replace(model, **{name: value for name, value in pixels.items() if name != "image" or family is None})
+        table = family.table if family else hf.HF_VISION
+        source = {"kind": "vision", "format": described["model_type"], "image": image}
+        config = described
+    seen = model.vision if isinstance(model, VLMConfig) else model
+    if isinstance(seen, VisionConfig) and seen.backend == "hf":
+        shards = in_memory(shards, seen.hf_config, prefix="vision_tower." if source["kind"] == "vlm" else "")
+    spelled = hf.default_names(shards.entries, table, aliases=source["format"] == "llava")
+    return Source(folder=folder, config=config, model=model, shards=shards, table=table, spelled=spelled, **source)
+
+
+def image_settings(folder: Path) -> tuple[ImageConfig | None, dict[str, Any]]:
+    """From the folder's processor files: settings, and the encoder's fields image, mean and std."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            processor = read_json(folder / name)
+            if "image_mean" in processor.get("image_processor", processor):
+                return hf_config.image_config(processor)
+    return None, {}
+
+
+# What the model is, and what each of its tensors is made of.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What an import is asked for."""
+
+    projector: str = ""
+    """Name of the projector of a composed model; it alone is new."""
+    dtype: Literal["keep", "fp32", "fp16", "bf16"] = "keep"
+    template: str = ""
+    """Chat format; by default the family's, or the tokenizer's own."""
+    overrides: tuple[str, ...] = ()
+    """Changes of the model's config, such as `image.aspect=pad` or `vision.image=448`."""
+    seed: int = 0
+    """Seed of a new projector's weights."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """An import before anything is written."""
+
+    model: VLMConfig | None
+    """The whole model; None where only an encoder is imported."""
+    vision: VisionConfig | None
+    sources: tuple[Source, ...]
+    tensors: Mapping[str, Tensor]
+    """Every tensor of ours, on the meta device, in the dtype that it will have."""
+    read: Callable[[str], Tensor]
+    new: tuple[str, ...]
+    """Names of the tensors that no source has."""
+    unused: Mapping[str, tuple[Source, str]]
+    """Part-relative name of each tensor that is kept though the model does not compute it -> its source and its name there."""
+    warnings: tuple[str, ...]
+
+
+def plan(sources: Sequence[Source], options: Options) -> Plan:
+    """Compose the model of its sources (a VLM; a decoder and an encoder; or one of them) and find each of its tensors.
+
+    ValueError where they do not make a model; CheckpointError naming every tensor that is missing, unexpected, or of another shape.
+    """
+    model, vision, warnings = _compose(sources, options)
+    with torch.device("meta"):
+        modules = VLM(model if model is not None else _around(vision))
+    parts = ("",) if model is not None else ("vision.",)
+    shapes = {name: parameter.shape for name, parameter in modules.named_parameters() if name.startswith(parts)}
+    composed = model is not None and not any(source.kind == "vlm" for source in sources)
+    givers: dict[str, tuple[Source, hf.Origin]] = {}
+    new, faults = [], []
+    experts = model.decoder.experts if model is not None else 0
+    for name, shape in shapes.items():
+        giver = _giver(name, sources, experts)
+        if giver is not None:
+            givers[name] = giver
+            made = _shape(*giver)
+            if made != tuple(shape) and not (name == "vision.positions" and made[1:] == tuple(shape)[1:]):
+                faults.append(f"{giver[0].spelled[giver[1].theirs[0]]!r} gives {list(made)}, the config wants {list(shape)} for {name!r}")
+        elif composed and name.startswith(("projector.", "image_vectors")):
+            new.append(name)
+        else:
+            faults.append(f"{_wanted(name, sources, experts)} is missing")
+    faults += _unexpected(sources, givers.values(), vision)
+    if faults:
+        raise CheckpointError(f"{', '.join(str(source.folder) for source in sources)} does not fit its config: {few(faults, '; ')}.")
+    dtype = DTYPES.get(options.dtype) or sources[0].shards.dtype
+    kinds = {name: _dtype(givers.get(name), options, dtype) for name in shapes}
+    tensors = {name: torch.empty(shape, dtype=kinds[name], device="meta") for name, shape in shapes.items()}
+    reader = _Reader(
+        givers=givers, tensors=tensors, seed=options.seed, grid=vision.grid if vision else 0, class_token=bool(vision and vision.class_token)
+    )
+    return Plan(
+        model=model, vision=vision, sources=tuple(sources), tensors=tensors, read=reader.read, new=tuple(new),
+        unused=_unused(sources, givers.values()), warnings=tuple(warnings),
+    )  # fmt: skip
+
+
+def _compose(sources: Sequence[Source], options: Options) -> tuple[VLMConfig | None, VisionConfig | None, list[str]]:
+    kinds = [source.kind for source in sources]
+    by_kind = dict(zip(kinds, sources, strict=True))
+    if sorted(kinds) not in (["vlm"], ["decoder"], ["vision"], ["decoder", "vision"], ["vision", "vlm"]):
+        raise ValueError(f"{' and '.join(kinds)} do not make one model: give a whole VLM, or a decoder and an encoder, or one of them.")
+    warnings: list[str] = []
+    if kinds == ["vision"]:
+        (vision,) = tree.override((sources[0].model,), options.overrides)
+        return None, vision, warnings  # type: ignore[return-value]
+    image = next((source.image for source in sources if source.image), None)
+    seen: Any = by_kind["vision"].model if "vision" in by_kind else None
+    if "vlm" in by_kind:
+        whole = by_kind["vlm"]
+        model: Any = whole.model
+        if whole.format in WITHOUT_ENCODER:
+            if seen is None:
+                raise ValueError(f"{whole.folder} ({whole.format}) does not hold its encoder's weights: give the encoder's folder with --vision")
+            own: Any = whole.model.vision  # type: ignore[union-attr]
+            seen = replace(seen, select_layer=own.select_layer, feature=own.feature if seen.class_token else "patch")
+            model = replace(whole.model, vision=seen)  # type: ignore[type-var]
+        elif seen is not None:
+            raise ValueError(f"{whole.folder} brings its own encoder; --vision goes with --decoder, or with a LLaVA of the original repository")
+    else:
+        decoder: Any = by_kind["decoder"].model
+        settings = image or ImageConfig(aspect="pad" if seen is not None and seen.class_token and seen.pre_norm else "square")
+        model = VLMConfig(decoder=decoder, vision=seen, projector=options.projector or ("mlp2x_gelu" if seen is not None else "none"), image=settings)
+    if model.vision is not None and image is None:
+        warnings.append(f"no preprocessor_config.json: images are treated as the encoder's family does (aspect={model.image.aspect})")
+    (model,) = tree.override((model,), options.overrides)
+    return model, model.vision, warnings
+
+
+def _around(vision: VisionConfig | None) -> VLMConfig:
+    """A model around an encoder, for its names."""
+    decoder = DecoderConfig(vocab=8, width=8, layers=1, heads=1, kv_heads=1, ffn=8)
+    return VLMConfig(decoder=decoder, vision=vision, projector="linear" if vision else "none")
+
+
+def _giver(name: str, sources: Sequence[Source], experts: int) -> tuple[Source, hf.Origin] | None:
+    for source in reversed(sources):  # an encoder given apart comes before the one inside a LLaVA's own file
+        made = hf.origin(name, source.table, experts=experts)
+        if made is not None and all(theirs in source.spelled for theirs in made.theirs):
+            return source, made
+    return None
+
+
+def _wanted(name: str, sources: Sequence[Source], experts: int) -> str:
+    """What a missing tensor is called by the sources, ours where no table knows it."""
+    for source in sources:
+        made = hf.origin(name, source.table, experts=experts)
+        if made is not None:
+            return repr(next(theirs for theirs in made.theirs if theirs not in source.spelled))
+    return repr(name)
+
+
+def _shape(source: Source, made: hf.Origin) -> tuple[int, ...]:
+    shape = source.shards.entries[source.spelled[made.theirs[0]]].shape[made.leading :]
+    if made.part:
+        shape = (shape[0] // made.part[1], *shape[1:])
+    return (len(made.theirs), *shape) if made.stacked else shape
+
+
+def _dtype(giver: tuple[Source, hf.Origin] | None, options: Options, main: torch.dtype) -> torch.dtype:
+    if giver is None:
+        return main
+    source, made = giver
+    entry = source.shards.entries[source.spelled[made.theirs[0]]]
+    if entry.dtype not in FLOATS:
+        raise CheckpointError(f"{entry.file}: {source.spelled[made.theirs[0]]!r} is {entry.dtype}; weights must be floating-point numbers.")
+    return DTYPES.get(options.dtype) or entry.dtype
+
+
+def _unexpected(sources: Sequence[Source], givers: Iterable[tuple[Source, hf.Origin]], vision: VisionConfig | None) -> list[str]:
+    """Tensors that nobody takes, and that no model of the family may have."""
+    taken = {(source.folder, theirs) for source, made in givers for theirs in made.theirs}
+    faults = []
+    for source in sources:
+        known = {name: default for default, name in source.spelled.items()}
+        for name in source.shards.entries:
+            default = known.get(name, "")
+            if (source.folder, default) not in taken and not _excused(source, default or name, vision):
+                faults.append(f"{name!r} is unexpected")
+    return faults
+
+
+def _excused(source: Source, name: str, vision: VisionConfig | None) -> bool:
+    """May a folder hold this tensor though the model has no use for it?"""
+    ours = hf.ours_of(name, source.table)
+    block = re.match(r"vision\.blocks\.(\d+)\.", ours)
+    if block and vision is not None and vision.depth <= int(block[1]) < vision.layers:  # behind the selected hidden state
+        return True
+    if ours.startswith("vision.") and source.format == "llava-original":  # the encoder was given apart
+        return True
+    if ours == "-":
+        return True
+    if ours == "head.weight":  # a tied model's second copy; an untied one takes it
+        return True
+    return any(re.fullmatch(pattern, relative(name)) for pattern in hf.UNUSED)
+
+
+def _unused(sources: Sequence[Source], givers: Iterable[tuple[Source, hf.Origin]]) -> dict[str, tuple[Source, str]]:
+    """Tensors to keep for an export: those of vision towers, and a tied model's second copy of the head. A text tower is left behind."""
+    taken = {(source.folder, theirs) for source, made in givers for theirs in made.theirs}
+    kept = {}
+    for source in sources:
+        known = {name: default for default, name in source.spelled.items()}
+        for name in source.shards.entries:
+            default = known.get(name, name)
+            elsewhere = source.format in WITHOUT_ENCODER and hf.ours_of(default, source.table).startswith("vision.")
+            if (source.folder, default) in taken or elsewhere or re.match(r"(text_model\.|text_projection|logit_|visual_projection)", name):
+                continue
+            kept[relative(default)] = (source, name)
+    return kept
+
+
+def relative(name: str) -> str:
+    """A name without what stands before it in a LLaVA."""
+    return re.sub(r"^(model\.)?(vision_tower\.)+|^language_model\.", "", name)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Reader:
+    """Makes each of our tensors."""
+
+    givers: Mapping[str, tuple[Source, hf.Origin]]
+    tensors: Mapping[str, Tensor]
+    seed: int
+    grid: int
+    class_token: bool
+    last: dict[str, Tensor] = field(default_factory=dict)
+    """The tensor read last: the parts of one of theirs are asked for one after the other."""
+
+    def read(self, name: str) -> Tensor:
+        wanted = self.tensors[name]
+        if name not in self.givers:
+            return fresh(name, wanted.shape, self.seed).to(wanted.dtype)
+        source, made = self.givers[name]
+        if made.part is None:
+            self.last.clear()
+            found = [source.shards.read(source.spelled[theirs]) for theirs in made.theirs]
+        else:
+            key = f"{source.folder}/{made.theirs[0]}"
+            if key not in self.last:
+                self.last.clear()
+                self.last[key] = source.shards.read(source.spelled[made.theirs[0]])
+            found = [self.last[key]]
+        tensor = made.gather(found)
+        if name == "vision.positions" and tensor.shape != wanted.shape:
+            tensor = resize_positions(tensor, self.grid, class_token=self.class_token)
+        return tensor.to(wanted.dtype).contiguous()
+
+
+# Writing.
+
+
+def write(
+    chosen: Plan, out: Path, *, described: Mapping[str, Any], write_tokenizer: Callable[[Path], None] | None, tick: Callable[[int], None]
+) -> Path:
+    """Write the checkpoint to `out.tmp`, which goes on from a cut-off import of the same files. `publish` makes it `out`."""
+    if out.exists():
+        raise ValueError(f"{out} exists already; name another folder with --out, or remove it")
+    temporary = out.with_name(out.name + ".tmp")
+    mark, ours = temporary / "import.json", _fingerprint(chosen)
+    if temporary.exists() and not (mark.is_file() and mark.read_text() == ours):
+        shutil.rmtree(temporary)
+    (temporary / "weights").mkdir(parents=True, exist_ok=True)
+    mark.write_text(ours)
+    if not (temporary / "weights" / ".metadata").exists():
+        stream.write(temporary / "weights", chosen.tensors, chosen.read, tick=tick)
+    _write_source(chosen, temporary / "source")
+    if write_tokenizer is not None:
+        write_tokenizer(temporary / "tokenizer")
+    write_config(temporary, described)
+    return temporary
+
+
+def write_config(folder: Path, described: Mapping[str, Any]) -> None:
+    """neva.yaml."""
+    (folder / "neva.yaml").write_text(yaml.safe_dump(dict(described), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def publish(temporary: Path, out: Path) -> Path:
+    """The finished import under its name, with its manifest."""
+    (temporary / "import.json").unlink()
+    names = listing(temporary)
+    (temporary / MANIFEST).write_bytes(serialise(asdict(Manifest(step=0, files=dict(sorted(digests(temporary, names).items()))))))
+    for path in [*temporary.rglob("*"), temporary]:
+        sync(path)
+    temporary.rename(out)
+    sync(out.parent)
+    return out
+
+
+def describe(chosen: Plan, options: Options, template: str) -> dict[str, Any]:
+    """`neva.yaml` of an import."""
+    sources = [{"path": str(source.folder), "kind": source.kind, "format": source.format} for source in chosen.sources]
+    shape: dict[str, Any] = {"model": tree.to_dict(chosen.model)} if chosen.model is not None else {"vision": tree.to_dict(chosen.vision)}
+    return {"step": 0, **shape, "template": template, "system": None, "source": {"parts": sources, "new": list(chosen.new), "dtype": options.dtype}}
+
+
+def _fingerprint(chosen: Plan) -> str:
+    """What an import is of: another of the same may go on from its leftovers."""
+    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for source in chosen.sources for file in source.shards.files]
+    tensors = [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in chosen.tensors.items()]
+    config = tree.to_dict(chosen.model if chosen.model is not None else chosen.vision)
+    return hashlib.sha256(json.dumps([files, tensors, config, list(chosen.new)]).encode()).hexdigest()
+
+
+def _write_source(chosen: Plan, folder: Path) -> None:
+    """What export gives back, a folder for each source."""
+    for source in chosen.sources:
+        own = folder / source.kind
+        own.mkdir(parents=True, exist_ok=True)
+        for name in KEPT_FILES:
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, own / name)
+        (own / "config.json").write_text(json.dumps(dict(source.config), indent=2))
+        odd = {default: name for default, name in source.spelled.items() if default != name}
+        (own / KEYS).write_text(json.dumps(odd, indent=1))
+        unused = {name: giver.shards.read(stored) for name, (giver, stored) in chosen.unused.items() if giver is source}
+        if unused:
+            save_file({name: tensor.contiguous() for name, tensor in unused.items()}, own / UNUSED)

@@ -1,0 +1,123 @@
+"""What a checkpoint or a Hugging Face folder is, in words."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neva import config as tree
+from neva.checkpoint import index, store
+from neva.checkpoint.hf import read_source
+from neva.checkpoint.manifest import find
+from neva.data.tokenizer import load_tokenizer
+from neva.models.decoder import DecoderConfig
+from neva.models.vit import VisionConfig
+from neva.models.vlm import VLMConfig
+
+PARTS = {"vision": "vision", "projector": "projector", "image_vectors": "projector", "decoder": "decoder", "head": "head"}
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Family, sizes, dtypes, parameters of each part, image layout, tokenizer, template, origin and step.
+
+    A neva checkpoint is verified against its manifest byte by byte. ValueError for what is neither that nor a folder that can be imported.
+    """
+    if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
+        return _folder(path)
+    folder = find(path)
+    manifest = store.verify(folder)
+    described = store.load_config(folder)
+    tensors = index.stored(folder / "weights")
+    model: Any = tree.from_dict(VLMConfig, described["model"]) if "model" in described else tree.from_dict(VisionConfig, described["vision"])
+    tokenizer = store.tokenizer_folder(folder)
+    return {
+        "checkpoint": str(folder),
+        "step": manifest.step,
+        "bytes": manifest.bytes,
+        "verified": f"{len(manifest.files)} files against their checksums",
+        **_model(model),
+        **_tensors(tensors),
+        "tokenizer": f"{load_tokenizer(tokenizer).size} tokens" if tokenizer.is_dir() else "none",
+        "template": described.get("template") or "the tokenizer's own",
+        "origin": _origin(described),
+    }
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    source = read_source(path)
+    known = set(source.spelled.values())
+    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in source.shards.entries.items()}
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    return {
+        "folder": str(path),
+        "format": source.format,
+        "holds": source.kind,
+        **_model(source.model),
+        "parameters": f"{parameters:,}",
+        "dtypes": _dtypes(tensors),
+        "files": len(source.shards.files),
+        "tensors": f"{len(tensors)}, of which neva computes {len(known & set(tensors))}",
+        "tokenizer": f"{load_tokenizer(path).size} tokens" if source.has_tokenizer else "none",
+    }
+
+
+def _model(model: VLMConfig | DecoderConfig | VisionConfig) -> dict[str, str]:
+    if isinstance(model, DecoderConfig):
+        return {"decoder": _decoder(model)}
+    if isinstance(model, VisionConfig):
+        return {"vision": _vision(model)}
+    shown = {"decoder": _decoder(model.decoder)}
+    if model.vision is not None:
+        layout = model.layout
+        shuffled = "" if model.pixel_shuffle == "none" else f", pixel shuffle {model.pixel_shuffle}"
+        shown |= {
+            "vision": _vision(model.vision),
+            "projector": model.projector + shuffled,
+            "images": f"{layout.aspect} to {layout.tile} x {layout.tile}, {layout.tokens_per_image} tokens, {layout.resample}",
+        }
+    return shown
+
+
+def _decoder(c: DecoderConfig) -> str:
+    heads = f"{c.heads} heads" if c.heads == c.kv_heads else f"{c.heads} heads on {c.kv_heads} key-value heads"
+    more = [f"{c.experts} experts, {c.active_experts} active"] if c.experts else []
+    more += [f"window {c.window}"] if c.window else []
+    more += [f"rope scaling {c.rope_scaling.kind} x{c.rope_scaling.factor:g}"] if c.rope_scaling else []
+    sizes = [f"{c.layers} layers of width {c.width}", heads, f"{c.mlp} of {c.ffn}", c.norm, f"vocabulary {c.vocab}", f"{c.reach} positions", *more]
+    return ", ".join(sizes)
+
+
+def _vision(c: VisionConfig) -> str:
+    kind = c.hf_config.get("model_type", "transformers") if c.backend == "hf" else c.norm
+    return f"{c.layers} layers of width {c.width}, {c.heads} heads, patches of {c.patch} in {c.image} pixels, {kind}, reads layer {c.select_layer}"
+
+
+def _tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    counts: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        part = PARTS[name.split(".", 1)[0]]
+        counts[part] = counts.get(part, 0) + tensor.numel()
+    shown = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+    return {"parameters": f"{sum(counts.values()):,} ({shown})", "dtypes": _dtypes(tensors)}
+
+
+def _dtypes(tensors: Mapping[str, torch.Tensor]) -> str:
+    counts: dict[str, int] = {}
+    for tensor in tensors.values():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        counts[kind] = counts.get(kind, 0) + 1
+    return ", ".join(f"{kind} ({count} tensors)" for kind, count in counts.items())
+
+
+def _origin(described: Mapping[str, Any]) -> str:
+    if "train" in described:
+        data = described["train"]["data"]
+        named = [source["path"] or source["name"] or "mock" for source in data["sources"]] if not data["source"] else [data["source"]]
+        return f"trained, stage {described['train']['name']}, on {', '.join(named)}"
+    source = described.get("source") or {}
+    parts = ", ".join(f"{part['kind']} from {part['path']} ({part['format']})" for part in source.get("parts", []))
+    parity = source.get("parity")
+    proved = f"largest difference to transformers {max(parity.values()):.1e}" if parity else "NOT compared with transformers"
+    return f"imported: {parts}; {proved}"

@@ -1,0 +1,310 @@
+"""The gate before a conversion is published: our model and transformers' run on one batch, and must agree.
+
+Both run in fp32 on the CPU. Where two copies fit in memory the models run whole. Where they do not, they run in slices: for each layer a
+model of that one layer on either side, then the embedding with the head.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from neva.batch import IGNORE, Batch
+from neva.checkpoint.manifest import CheckpointError
+from neva.models import hf, hf_config
+from neva.models.attention import Documents
+from neva.models.decoder import Decoder, DecoderConfig, Head
+from neva.models.vit import VisionConfig, normalise
+from neva.models.vlm import VISION_BACKENDS, VLM, VLMConfig
+
+TOLERANCE = 1e-4
+"""Largest difference that passes, relative to the largest magnitude where that is over 1."""
+TOKENS = 32
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far two models are apart in one of their parts."""
+
+    part: str
+    largest: float
+    """Largest absolute difference."""
+    magnitude: float
+    """Largest absolute value of transformers'."""
+
+    @property
+    def passes(self) -> bool:
+        """Is it within the tolerance? A NaN is not."""
+        return self.largest <= TOLERANCE * max(1.0, self.magnitude)
+
+
+def show(differences: list[Difference]) -> str:
+    """A table to print."""
+    rows = [f"  {d.part:<28}{d.largest:>12.2e}{d.magnitude:>12.3g}{'' if d.passes else '   TOO LARGE'}" for d in differences]
+    return "\n".join([f"Parity with transformers in fp32, tolerance {TOLERANCE:g}\n  {'part':<28}{'difference':>12}{'magnitude':>12}", *rows])
+
+
+def check(differences: list[Difference], what: str) -> None:
+    """CheckpointError naming the parts that differ too much."""
+    wrong = [f"{d.part} differs by {d.largest:.2e}" for d in differences if not d.passes]
+    if wrong:
+        raise CheckpointError(f"{what} is not published: against transformers {', '.join(wrong)}, over the tolerance of {TOLERANCE:g}.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Peer:
+    """A model in transformers' layout to compare with."""
+
+    config: Mapping[str, Any]
+    names: tuple[str, ...]
+    """Its tensors, as the table of its family spells them."""
+    read: Read
+    folder: Path | None = None
+    """Where `from_pretrained` finds it whole; None where it is a part of something else."""
+
+
+def decoder(config: DecoderConfig, read: Read, peer: Peer, *, whole: bool) -> list[Difference]:
+    """Our decoder, its tensors from `read`, against transformers'."""
+    if not whole:
+        return [*_decoder_slices(config, read, peer)]
+    theirs, ids = _whole("AutoModelForCausalLM", peer), _ids(config)
+    with torch.no_grad():
+        return [_difference("decoder logits", _logits(config, read, ids), theirs(input_ids=ids).logits[0])]
+
+
+def vision(config: VisionConfig, read: Read, peer: Peer, *, whole: bool) -> list[Difference]:
+    """Our encoder against transformers'; in slices each layer stands alone between the embeddings and the output."""
+    tiles, found = _tiles(config), []
+    family = hf_config.VISION.get(peer.config["model_type"])
+    for number in (None,) if whole else range(config.depth):
+        one = config if number is None else replace(config, layers=1, select_layer=-1)
+        ours = _fill(VISION_BACKENDS[one.backend](one), "vision.", read if number is None else _renumbered(read, "vision.blocks.", number))
+        if peer.config["model_type"] == "intern_vit_6b":
+            theirs = _build("InternVLVisionModel", *_ported(config, peer, number))
+        elif number is None:
+            theirs = _whole(family.architecture if family else "AutoModel", peer)
+        else:
+            described = {**peer.config, "num_hidden_layers": 1}
+            theirs = _build(family.architecture if family else "AutoModel", described, _sliced(peer, number))
+        with torch.no_grad():
+            part = "encoder features" if number is None else f"encoder layer {number}"
+            found.append(_difference(part, ours(tiles), _hidden(theirs, one, tiles)))
+    return found
+
+
+def llava(config: VLMConfig, read: Read, folder: Path) -> list[Difference]:
+    """A whole VLM against `LlavaForConditionalGeneration`: encoder, projector, logits of text, logits with an image."""
+    assert config.vision is not None
+    theirs: Any = _theirs("LlavaForConditionalGeneration", folder)
+    theirs.config.vision_feature_layer = config.vision.select_layer
+    theirs.config.vision_feature_select_strategy = "default" if config.vision.class_token and config.vision.feature == "patch" else "full"
+    ours = _fill(VLM(config), "", read)
+    tiles, ids = _tiles(config.vision)[:1], _ids(config.decoder)
+    image_id = theirs.config.image_token_id
+    ids = torch.where(ids == image_id, ids - 1, ids)
+    placed = torch.cat((ids[:, :4], torch.full((1, config.tokens_per_tile), image_id), ids[:, 4:]), dim=1)
+    pixels = normalise(tiles, config.vision.mean, config.vision.std)
+    with torch.no_grad():
+        hidden = _hidden(theirs.model.vision_tower, config.vision, tiles)
+        features = theirs.model.multi_modal_projector(hidden)
+        return [
+            _difference("encoder features", ours.vision(tiles), hidden),  # type: ignore[misc]
+            _difference("projected features", ours.features(tiles), features),
+            _difference("logits of text", _run(ours, ids, None, image_id), theirs(input_ids=ids).logits[0]),
+            _difference("logits with an image", _run(ours, placed, tiles, image_id), theirs(input_ids=placed, pixel_values=pixels).logits[0]),
+        ]
+
+
+def fits(parameters: int) -> bool:
+    """Do two fp32 copies fit in the memory that is free now?"""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines()) if Path("/proc/meminfo").exists() else iter(())
+    free = next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), 2**33)
+    return parameters * 4 * 2.2 < free
+
+
+# transformers' side.
+
+
+def _theirs(kind: str, folder: Path) -> nn.Module:
+    import transformers
+
+    noisy = transformers.utils.logging
+    level, bar = noisy.get_verbosity(), noisy.is_progress_bar_enabled()
+    noisy.set_verbosity_error()
+    noisy.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    finally:
+        noisy.set_verbosity(level)
+        if bar:
+            noisy.enable_progress_bar()
+
+
+def _hidden(tower: nn.Module, config: VisionConfig, tiles: Tensor) -> Tensor:
+    """The features that the config selects, of a transformers vision model."""
+    if config.backend == "hf":  # the same code on both sides: what is compared is that the weights arrived
+        shell = VISION_BACKENDS["hf"](config)
+        shell.model = tower
+        return shell(tiles)
+    hidden = tower(normalise(tiles, config.mean, config.std), output_hidden_states=True).hidden_states[config.select_layer]
+    return hidden[:, 1:] if config.class_token and config.feature == "patch" else hidden
+
+
+LAYER = re.compile(r"(layers?|blocks?)\.(\d+)\.")
+PORT = (
+    (r"embeddings\.class_embedding", "embeddings.cls_token"),
+    (r"embeddings\.position_embedding", "embeddings.position_embeddings"),
+    (r"embeddings\.patch_embedding\.", "embeddings.patch_embeddings.projection."),
+    (r"encoder\.layers\.", "encoder.layer."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.proj\.", ".attention.projection_layer."),
+    (r"\.attn\.", ".attention."),
+    (r"\.ls1", ".lambda_1"),
+    (r"\.ls2", ".lambda_2"),
+)
+"""Names of InternViT, whose published class is code beside the weights -> those of transformers' own port, without a detour over ours."""
+
+
+def _sliced(peer: Peer, number: int) -> dict[str, Tensor]:
+    """What stands outside the layers, and layer `number` as if it were layer 0."""
+    state = {}
+    for name in peer.names:
+        layer = LAYER.search(name)
+        if layer is None or int(layer[2]) == number:
+            state[LAYER.sub(r"\1.0.", name)] = peer.read(name).float()
+    return state
+
+
+def _ported(config: VisionConfig, peer: Peer, number: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and tensors of an InternViT for transformers' port of it; NVLM's heads of zeros, which it has no field for, are cut off."""
+    real = replace(config, heads=config.width // config.head, head_width=None, layers=config.layers if number is None else 1, select_layer=-1)
+    described = {**hf_config.vision_json(real, {"model_type": "internvl_vision"}), "use_mean_pooling": True}
+    state = {}
+    for name, tensor in (_sliced(peer, number) if number is not None else {name: peer.read(name).float() for name in peer.names}).items():
+        for pattern, instead in PORT:
+            name = re.sub(pattern, instead, name)
+        if ".qkv." in name:
+            parts = tensor.chunk(3)
+            state |= {name.replace("qkv", f"{part}_proj"): x[: config.width] for part, x in zip("qkv", parts, strict=True)}
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            state[name] = tensor[: config.width]
+        else:
+            state[name] = tensor[:, : config.width] if "projection_layer.weight" in name else tensor
+    state |= {f"layernorm.{p}": torch.ones(config.width) for p in ("weight", "bias")}
+    return described, state
+
+
+def _whole(kind: str, peer: Peer) -> Any:
+    if peer.folder is not None:
+        return _theirs(kind, peer.folder)
+    return _build(kind, peer.config, {name: peer.read(name) for name in peer.names})
+
+
+def _build(kind: str, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        (folder / "config.json").write_text(json.dumps(dict(described)))
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        return _theirs(kind, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _decoder_slices(config: DecoderConfig, read: Read, peer: Peer) -> Iterator[Difference]:
+    """Each layer alone between equal inputs and a norm of ones; then embedding, norm and head, tensor by tensor: there are no others."""
+    table = hf_config.DECODERS[peer.config["model_type"]].table
+    one = replace(config, layers=1, vocab=8, tied=True)
+    x = torch.empty(1, TOKENS, config.width).normal_(generator=torch.Generator().manual_seed(0))
+    ends = {f"head.{name}": torch.ones(parameter.shape) for name, parameter in Head(one).named_parameters()}
+    ends |= {"decoder.embed.weight": torch.zeros(8, config.width)}
+    changed: dict[str, Any] = {"num_hidden_layers": 1, "vocab_size": 8, "tie_word_embeddings": True}
+    changed |= {name: None for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    changed |= {"layer_types": peer.config["layer_types"][:1]} if peer.config.get("layer_types") else {}
+    inside = {name for name in peer.names if LAYER.search(name)}
+    layers = Peer(config=peer.config, names=tuple(sorted(inside)), read=peer.read)
+    for number in range(config.layers):
+        theirs = _build("AutoModelForCausalLM", {**peer.config, **changed}, _sliced(layers, number) | hf.to_theirs(ends, table))
+        block = _renumbered(read, "decoder.blocks.", number)
+        ours = _fill(Decoder(one), "decoder.", lambda name, block=block: ends[name] if name in ends else block(name))
+        norm = _fill(Head(one), "head.", lambda name: ends[name]).norm
+        with torch.no_grad():
+            hidden = norm(ours(x, torch.arange(TOKENS)[None], _alone(TOKENS))[0])
+            yield _difference(f"decoder layer {number}", hidden, theirs.model(inputs_embeds=x).last_hidden_state)
+    largest, magnitude = 0.0, 0.0
+    for name in ("decoder.embed.weight", *(f"head.{name}" for name, _ in Head(config).named_parameters())):
+        made = hf.origin(name, table)
+        assert made is not None
+        d = _difference("", read(name).float(), peer.read(made.theirs[0]).float())
+        largest, magnitude = max(largest, d.largest), max(magnitude, d.magnitude)
+    yield Difference(part="embedding, norm and head", largest=largest, magnitude=magnitude)
+
+
+# Our side.
+
+
+def _fill(module: Any, prefix: str, read: Read) -> Any:
+    """A module in fp32 with the tensors that `read` gives."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(read(prefix + name))
+    return module.eval()
+
+
+def _renumbered(read: Read, prefix: str, number: int) -> Read:
+    return lambda name: read(name.replace(f"{prefix}0.", f"{prefix}{number}.", 1) if name.startswith(prefix) else name)
+
+
+def _logits(config: DecoderConfig, read: Read, ids: Tensor) -> Tensor:
+    model = VLM(VLMConfig(decoder=config, vision=None, projector="none"))
+    return _run(_fill(model, "", read), ids, None, -1)
+
+
+def _run(model: VLM, ids: Tensor, tiles: Tensor | None, image_id: int) -> Tensor:
+    """Logits of one document, images at `image_id`."""
+    n, tokens = ids.shape[1], torch.where(ids == image_id, -200, ids)
+    count = 0 if tiles is None else len(tiles)
+    slots = (tokens[0] == -200).nonzero().view(count, -1) if count else torch.zeros(0, 1, dtype=torch.int64)
+    one = torch.ones_like(ids)
+    batch = Batch(
+        tokens=tokens, labels=torch.full_like(ids, IGNORE), positions=torch.arange(n)[None], segments=one,
+        cu_seqlens=torch.tensor([0, n], dtype=torch.int32), max_len=n, labelled=torch.zeros(0, dtype=torch.int64), groups=one, group_names=("",),
+        tiles=tiles if tiles is not None else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
+        inline=torch.arange(count), slots=slots, memory=torch.zeros(0, dtype=torch.int64),
+        memory_tags=torch.zeros(0, 0, dtype=torch.int64), sees=torch.zeros(1, n, 2, dtype=torch.int64), runs=torch.zeros(0, 4, dtype=torch.int64),
+        any_tiles=tiles is not None,
+    )  # fmt: skip
+    logits = model(batch, logits_at=torch.arange(n)).logits
+    assert logits is not None
+    return logits
+
+
+def _alone(tokens: int) -> Documents:
+    return Documents(cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32), max_len=tokens, segments=torch.ones(1, tokens, dtype=torch.int64))
+
+
+def _ids(config: DecoderConfig) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, config.vocab, (1, min(TOKENS, config.max_positions)), generator=generator)
+
+
+def _tiles(config: VisionConfig) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (2, 3, config.image, config.image), generator=generator, dtype=torch.uint8)
+
+
+def _difference(part: str, ours: Tensor, theirs: Tensor) -> Difference:
+    assert ours.shape == theirs.shape, f"{part}: {list(ours.shape)} against {list(theirs.shape)}"
+    return Difference(part=part, largest=float((ours - theirs).abs().max()), magnitude=float(theirs.abs().max()))

@@ -1,0 +1,177 @@
+"""Tensors of a Hugging Face folder, read one at a time from safetensors or torch shards, and refused where a file is not what it says.
+
+Nothing in a folder is executed: torch files are unpickled with tensors and plain containers alone.
+"""
+
+import json
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from neva.checkpoint.manifest import CheckpointError, few
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+"""Name of a dtype in a safetensors header -> torch's."""
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Where a tensor lies, and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shards:
+    """The tensors of some files by name."""
+
+    entries: Mapping[str, Entry]
+    _open: dict[Path, Any] = field(default_factory=dict)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, copied out of its file. CheckpointError if it holds a NaN or an infinity: such a file is damaged."""
+        entry = self.entries[name]
+        if entry.file.suffix == ".safetensors":
+            # Opened anew each time: an open file keeps every page in memory that was ever read from it.
+            with _named(entry.file), safe_open(entry.file, framework="pt") as file:
+                tensor = file.get_tensor(name).clone()
+        else:
+            if entry.file not in self._open:
+                self._open.clear()
+                self._open[entry.file] = load_torch(entry.file)
+            tensor = self._open[entry.file][name].clone()
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{entry.file}: {name!r} holds values that are not finite; the file is damaged. Download it again.")
+        return tensor
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files, in order of their names."""
+        return tuple(sorted({entry.file for entry in self.entries.values()}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most of the bytes."""
+        weights: dict[torch.dtype, int] = {}
+        for entry in self.entries.values():
+            weights[entry.dtype] = weights.get(entry.dtype, 0) + entry.dtype.itemsize * math.prod(entry.shape)
+        return max(weights, key=lambda kind: weights[kind]) if weights else torch.float32
+
+
+def open_shards(folder: Path, *, files: tuple[str, ...] = ()) -> Shards:
+    """The tensors of a folder: those that its index lists, else of its one file, or of the named `files`.
+
+    CheckpointError with the file and the reason for a missing or damaged file, and for an index that is wrong.
+    """
+    if files:
+        return Shards(entries=_merged([folder / name for name in files]))
+    for name in INDEXES:
+        if (folder / name).is_file():
+            return Shards(entries=_indexed(folder / name))
+    for name in SINGLE:
+        if (folder / name).is_file():
+            return Shards(entries=_merged([folder / name]))
+    there = sorted(path.name for path in folder.iterdir())
+    raise CheckpointError(f"{folder} holds no weights: expected one of {', '.join((*INDEXES, *SINGLE))}, found {few(there) or 'nothing'}.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. CheckpointError if the file is missing, damaged, or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object of names and values.")
+    return value
+
+
+def load_torch(path: Path) -> dict[str, Tensor]:
+    """The tensors of a torch file, mapped from disk where its format allows. CheckpointError for anything but tensors in plain containers."""
+    with _named(path):
+        try:
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            loaded = torch.load(path, map_location="cpu", weights_only=True)  # written by torch before 1.6
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{path} does not hold a dict of tensors.")
+    return loaded
+
+
+def _indexed(index: Path) -> dict[str, Entry]:
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{index} has no weight_map; it is damaged.")
+    names = sorted({str(name) for name in listed.values()})
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{index} names files outside its folder: {few(outside)}.")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise CheckpointError(f"{index} lists files that are not there: {few(missing)}. Download them.")
+    found = _merged([index.parent / name for name in names])
+    if wrong := sorted(name for name, file in listed.items() if name not in found or found[name].file.name != file):
+        where = [f"{name!r} in {listed[name]}" for name in wrong]
+        raise CheckpointError(f"{index} is wrong: it lists {few(where)}, which is not there. Download the index and the files again.")
+    if extra := sorted(found.keys() - listed.keys()):
+        raise CheckpointError(f"{index} is wrong: its files also hold {few(extra)}. Download the index and the files again.")
+    return found
+
+
+def _merged(files: list[Path]) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in _entries(file):
+            if name in found:
+                raise CheckpointError(f"{name!r} stands in {found[name].file} and in {file}: keep one.")
+            found[name] = entry
+    return found
+
+
+def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
+    if file.suffix == ".safetensors":
+        with _named(file), safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no dict
+                part = opened.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise CheckpointError(f"{file}: {name!r} has the dtype {part.get_dtype()}, which neva does not read.")
+                yield name, Entry(file=file, shape=tuple(part.get_shape()), dtype=DTYPES[part.get_dtype()])
+    else:
+        for name, tensor in load_torch(file).items():
+            yield name, Entry(file=file, shape=tuple(tensor.shape), dtype=tensor.dtype)
+
+
+class _named:
+    """Turns what a library raises about a file into a CheckpointError that names the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, pickle.UnpicklingError):
+            reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error).splitlines()[0])
+            raise CheckpointError(f"{self.path} is refused: besides tensors it would run code ({reason.strip()}).") from None
+        if isinstance(error, SafetensorError | RuntimeError | EOFError | OSError | ValueError | KeyError) and not isinstance(error, CheckpointError):
+            raise CheckpointError(
+                f"{self.path} cannot be read ({type(error).__name__}: {error}): it is damaged or cut off. Download it again."
+            ) from None

@@ -1,0 +1,90 @@
+"""Weights written to a checkpoint some at a time, so that memory never holds more, and a write that was cut off goes on where it ended.
+
+The folder is one that `store.load_weights` reads: DCP as if each unit had been a rank. What DCP says of a finished unit is kept beside it
+until the last one is done.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+
+UNIT = 2**30
+"""Bytes of a unit; a larger tensor is one by itself."""
+
+
+def units(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names in order, cut into units of at most `UNIT` bytes."""
+    cut: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not cut or size > room:
+            cut.append([])
+            room = UNIT
+        cut[-1].append(name)
+        room -= size
+    return cut
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor], *, tick: Callable[[int], None]) -> None:
+    """Write the tensors that `tensors` describes (on the meta device) to `folder`, each from `read(name)`.
+
+    Units of an earlier, cut-off write of the same tensors are kept: the caller answers for that. `tick` gets the bytes of each unit.
+    """
+    named = units({name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()})
+    writer = FileSystemWriter(folder, thread_count=1)
+    writer.set_up_storage_writer(True)
+    plans = [writer.prepare_local_plan(_planner({name: tensors[name] for name in unit}).create_local_plan()) for unit in named]
+    plans, metadata = _planner({}).create_global_plan(plans)
+    plans = writer.prepare_global_plan(plans)
+    results = []
+    for number, (unit, plan) in enumerate(zip(named, plans, strict=True)):
+        journal = folder / f"unit_{number}.json"
+        if not journal.exists():
+            _replace(journal, [_plain(result) for result in _write_unit(writer, plan, {name: read(name) for name in unit}, tensors)])
+        results.append([_result(fields) for fields in json.loads(journal.read_text())])
+        tick(sum(tensors[name].numel() * tensors[name].element_size() for name in unit))
+    writer.finish(metadata, results)
+    for journal in folder.glob("unit_*.json"):
+        journal.unlink()
+
+
+def _planner(state: Mapping[str, Tensor]) -> DefaultSavePlanner:
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(dict(state), is_coordinator=True)
+    return planner
+
+
+def _write_unit(writer: FileSystemWriter, plan: SavePlan, real: dict[str, Tensor], described: Mapping[str, Tensor]) -> Sequence[WriteResult]:
+    for name, tensor in real.items():
+        assert tensor.shape == described[name].shape and tensor.dtype == described[name].dtype, name
+    planner = _planner(real)
+    return writer.write_data(planner.finish_plan(plan), planner).wait()
+
+
+def _plain(result: WriteResult) -> dict[str, Any]:
+    info = result.storage_data
+    return {
+        "name": result.index.fqn, "index": result.index.index, "offsets": list(result.index.offset or ()), "bytes": result.size_in_bytes,
+        "file": info.relative_path, "start": info.offset, "length": info.length,
+    }  # fmt: skip
+
+
+def _result(fields: dict[str, Any]) -> WriteResult:
+    index = MetadataIndex(fields["name"], torch.Size(fields["offsets"]), fields["index"])
+    info = _StorageInfo(relative_path=fields["file"], offset=fields["start"], length=fields["length"])
+    return WriteResult(index=index, size_in_bytes=fields["bytes"], storage_data=info)
+
+
+def _replace(path: Path, value: Any) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value))
+    part.replace(path)

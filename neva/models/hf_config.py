@@ -1,0 +1,472 @@
+"""Hugging Face config.json <-> our configs: the sizes and mechanisms of a checkpoint, in both directions.
+
+To read, a family says which of its fields mean which of ours, what its missing fields mean, and what it always does. To write,
+the same is read backwards, and the result is read again: what does not come back is something that the format cannot hold.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from neva.models import hf
+from neva.models.decoder import DecoderConfig
+from neva.models.layers import RopeScaling
+from neva.models.vit import Feature, VisionConfig
+from neva.models.vlm import ImageConfig, VLMConfig
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one `model_type` of transformers spells a config of ours."""
+
+    architecture: str
+    """transformers' class of the model that is exported."""
+    table: Mapping[str, str]
+    """Names of its tensors."""
+    fields: Mapping[str, str | tuple[str, ...]]
+    """Their field -> ours; a bias flag may be several of ours at once."""
+    defaults: Json
+    """What transformers means by a field that a config.json leaves out."""
+    always: Json
+    """Fields of ours that the family does not choose."""
+    must: Json = field(default_factory=dict)
+    """Their fields that may have one value only: others name mechanisms that we do not compute."""
+
+
+SIZES: dict[str, str] = {
+    "vocab_size": "vocab",
+    "hidden_size": "width",
+    "intermediate_size": "ffn",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_width",
+    "max_position_embeddings": "max_positions",
+    "tie_word_embeddings": "tied",
+    "attention_dropout": "attention_dropout",
+}
+LLAMA_SIZES: Json = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048, "tie_word_embeddings": False, "attention_dropout": 0.0,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
+}  # fmt: skip
+MISTRAL_SIZES: Json = {**LLAMA_SIZES, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+
+DECODERS: dict[str, Family] = {
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        table=hf.LLAMA,
+        fields={**SIZES, "rms_norm_eps": "eps", "attention_bias": ("qkv_bias", "out_bias"), "mlp_bias": "mlp_bias"},
+        defaults={**LLAMA_SIZES, "attention_bias": False, "mlp_bias": False},
+        always={"norm": "rmsnorm", "mlp": "swiglu"},
+        must={"hidden_act": "silu", "pretraining_tp": 1},
+    ),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        table=hf.LLAMA,
+        fields={**SIZES, "rms_norm_eps": "eps", "sliding_window": "window"},
+        defaults={**MISTRAL_SIZES, "sliding_window": 4096},
+        always={"norm": "rmsnorm", "mlp": "swiglu"},
+        must={"hidden_act": "silu"},
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        table=hf.MIXTRAL,
+        fields={
+            **SIZES, "rms_norm_eps": "eps", "sliding_window": "window", "num_local_experts": "experts",
+            "num_experts_per_tok": "active_experts", "router_aux_loss_coef": "balance",
+        },
+        defaults={
+            **MISTRAL_SIZES, "rms_norm_eps": 1e-5, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.001,
+        },
+        always={"norm": "rmsnorm", "mlp": "swiglu"},
+        must={"hidden_act": "silu", "router_jitter_noise": 0.0},
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        table=hf.LLAMA,
+        fields={theirs: ours for theirs, ours in SIZES.items() if theirs != "head_dim"} | {"rms_norm_eps": "eps"},
+        defaults={**LLAMA_SIZES, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768},
+        always={"norm": "rmsnorm", "mlp": "swiglu", "qkv_bias": True},
+        must={"hidden_act": "silu", "use_sliding_window": False},
+    ),
+    "nemotron": Family(
+        architecture="NemotronForCausalLM",
+        table=hf.NEMOTRON,
+        fields={**SIZES, "norm_eps": "eps", "attention_bias": ("qkv_bias", "out_bias"), "mlp_bias": "mlp_bias"},
+        defaults={
+            **LLAMA_SIZES, "vocab_size": 256000, "hidden_size": 6144, "intermediate_size": 24576, "num_attention_heads": 48,
+            "max_position_embeddings": 4096, "norm_eps": 1e-5, "attention_bias": False, "mlp_bias": False, "hidden_act": "relu2",
+            "partial_rotary_factor": 0.5,
+        },
+        always={"norm": "layernorm1p", "mlp": "squared_relu"},
+        must={"hidden_act": "relu2"},
+    ),
+}  # fmt: skip
+
+VISION_SIZES: dict[str, str] = {
+    "image_size": "image", "patch_size": "patch", "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
+    "intermediate_size": "ffn", "hidden_act": "activation", "layer_norm_eps": "eps",
+}  # fmt: skip
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+INTERN_SIZES: Json = {
+    "image_size": 448, "patch_size": 14, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "hidden_act": "gelu", "layer_norm_eps": 1e-6, "norm_type": "layer_norm",
+}  # fmt: skip
+
+VISION: dict[str, Family] = {
+    "clip_vision_model": Family(
+        architecture="CLIPVisionModel",
+        table=hf.CLIP,
+        fields=VISION_SIZES,
+        defaults={
+            "image_size": 224, "patch_size": 32, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+        },
+        always={"class_token": True, "pre_norm": True, "patch_bias": False, "norm": "layernorm", "mean": CLIP_MEAN, "std": CLIP_STD},
+    ),
+    "siglip_vision_model": Family(
+        architecture="SiglipVisionModel",
+        table=hf.CLIP,
+        fields=VISION_SIZES,
+        defaults={
+            "image_size": 224, "patch_size": 16, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+        },
+        always={"class_token": False, "pre_norm": False, "patch_bias": True, "norm": "layernorm", "mean": HALF, "std": HALF},
+    ),
+    "intern_vit_6b": Family(
+        architecture="InternVisionModel",
+        table=hf.INTERN_VIT,
+        fields={**VISION_SIZES, "norm_type": "norm", "qkv_bias": "qkv_bias", "qk_normalization": "qk_norm"},
+        defaults={**INTERN_SIZES, "norm_type": "rms_norm", "qkv_bias": False, "qk_normalization": True, "hidden_size": 3200,
+                  "intermediate_size": 12800, "num_hidden_layers": 48, "num_attention_heads": 25, "image_size": 224},
+        always={"class_token": True, "pre_norm": False, "patch_bias": True, "layer_scale": True, "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+        must={"num_channels": 3},
+    ),
+    "internvl_vision": Family(
+        architecture="InternVLVisionModel",
+        table=hf.INTERNVL_VISION,
+        fields={**VISION_SIZES, "norm_type": "norm", "attention_bias": "qkv_bias", "use_qk_norm": "qk_norm"},
+        defaults={**INTERN_SIZES, "attention_bias": False, "use_qk_norm": False},
+        always={"class_token": True, "pre_norm": False, "patch_bias": True, "layer_scale": True, "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+        must={"num_channels": 3, "use_mask_token": False, "use_absolute_position_embeddings": True},
+    ),
+}  # fmt: skip
+
+WORDS = {"gelu_pytorch_tanh": "gelu_tanh", "rms_norm": "rmsnorm", "layer_norm": "layernorm"}
+"""Their name of a mechanism -> ours, where they differ."""
+FEATURES: dict[str, Feature] = {"default": "patch", "full": "cls_patch"}
+"""transformers' strategy -> ours, for an encoder with a class token; without one only `full` keeps every patch."""
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Pillow's number of a filter -> its name."""
+
+
+def decoder_config(config: Json) -> DecoderConfig:
+    """Ours from the config.json of a decoder. ValueError for a family or a mechanism that we do not compute."""
+    family = _family(config, DECODERS)
+    c = {**family.defaults, **config}
+    rotary = _rotary(c)
+    values = {name: value for name, value in _values(family, c).items() if not (name == "kv_heads" and value is None)}
+    return DecoderConfig(**{"kv_heads": c["num_attention_heads"], **values, **rotary})
+
+
+def vision_config(config: Json, *, select_layer: int = -2, feature: Feature | None = None, qkv_rows: int = 0) -> VisionConfig:
+    """Ours from the config.json of a vision model, or of a whole CLIP or SigLIP. ValueError for what neither we nor transformers compute.
+
+    `feature` is by default the patches'. `qkv_rows`, of a stored InternViT, shows heads that NVLM pads with zeros. A family that we do not
+    know runs as transformers' model.
+    """
+    config = config.get("vision_config", config)
+    feature = feature or "patch"
+    if config.get("model_type") not in VISION:
+        return _peer_vision(config, select_layer, feature)
+    family = _family(config, VISION)
+    values = _values(family, {**family.defaults, **config})
+    values |= {name: _square(values[name]) for name in ("image", "patch")}
+    head = values["width"] // values["heads"]
+    if qkv_rows and qkv_rows != 3 * values["width"]:
+        values |= {"heads": qkv_rows // (3 * head), "head_width": head}
+    return VisionConfig(**values, select_layer=select_layer, feature=feature)
+
+
+def _peer_vision(config: Json, select_layer: int, feature: Feature) -> VisionConfig:
+    """A transformers vision model that runs as it is."""
+    missing = [name for name in ("model_type", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if name not in config]
+    if missing:
+        raise ValueError(f"config.json has no {', '.join(missing)}: it is no vision model of transformers.")
+    patch, patches = _square(config["patch_size"]), config.get("num_patches")
+    image = _square(config["image_size"]) if "image_size" in config else int(patches**0.5) * patch if patches else 224
+    return VisionConfig(
+        backend="hf",
+        hf_config=dict(config),
+        image=image,
+        patch=patch,
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        ffn=config.get("intermediate_size", int(config["hidden_size"] * config.get("mlp_ratio", 4))),
+        class_token=not config["model_type"].startswith("siglip"),
+        select_layer=select_layer,
+        feature=feature,
+    )
+
+
+def llava_config(config: Json) -> VLMConfig:
+    """Ours from the config.json of a `llava` model of transformers. ValueError for a mechanism that we do not compute."""
+    c = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_grid_pinpoints": None, **config}
+    _must(c, {"projector_hidden_act": "gelu", "multimodal_projector_bias": True, "image_grid_pinpoints": None})
+    if not isinstance(c["vision_feature_layer"], int):
+        raise ValueError(f"config.json says vision_feature_layer={c['vision_feature_layer']}; one layer can be read, not several joined.")
+    text = {"model_type": "llama", "tie_word_embeddings": c.get("tie_word_embeddings", False), **c["text_config"]}
+    vision = vision_config(c["vision_config"], select_layer=c["vision_feature_layer"])
+    strategy = c["vision_feature_select_strategy"]
+    if not vision.class_token and strategy != "full":
+        raise ValueError(f"vision_feature_select_strategy={strategy!r} drops the first patch of an encoder without class token; it must be 'full'.")
+    if vision.class_token:
+        vision = replace(vision, feature=FEATURES[strategy])
+    return VLMConfig(decoder=decoder_config(text), vision=vision, projector="mlp2x_gelu")
+
+
+def original_config(config: Json, vision: VisionConfig) -> VLMConfig:
+    """Ours from the config.json of LLaVA's own repository, and its encoder's config. ValueError for what we do not compute."""
+    _must(config, {"mm_use_im_patch_token": False, "mm_patch_merge_type": "flat", "tune_mm_mlp_adapter": False})
+    features: dict[str, Feature] = {"patch": "patch", "cls_patch": "cls_patch"}
+    feature = features[config.get("mm_vision_select_feature", "patch")]
+    kind = {None: "linear"}.get(config.get("mm_projector_type"), config.get("mm_projector_type"))
+    aspect = {"pad": "pad", "square": "crop", None: "crop"}.get(config.get("image_aspect_ratio"))
+    if aspect is None:
+        raise ValueError(f"config.json says image_aspect_ratio={config['image_aspect_ratio']!r}; pad and square can be imported.")
+    return VLMConfig(
+        decoder=decoder_config({**config, "model_type": "llama"}),
+        vision=replace(vision, select_layer=config["mm_vision_select_layer"], feature=feature),
+        projector=str(kind),
+        image=ImageConfig(aspect=aspect),  # type: ignore[arg-type]
+        use_im_start_end=config.get("mm_use_im_start_end", False),
+    )
+
+
+def image_config(processor: Json) -> tuple[ImageConfig, dict[str, Any]]:
+    """From a preprocessor_config.json: how an image is brought to size, and the encoder's fields image, mean and std.
+
+    ValueError for a step that we do not do.
+    """
+    p = processor.get("image_processor", processor)
+    _must(p, {"do_normalize": True, "do_rescale": True, "do_resize": True})
+    if abs(p.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+        raise ValueError(f"preprocessor_config.json says rescale_factor={p['rescale_factor']}; only 1/255 can be imported.")
+    size, crop = p.get("size", {}), p.get("crop_size", {})
+    size = {"shortest_edge": size} if isinstance(size, int) else size
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    cropped = p.get("do_center_crop", "shortest_edge" in size)
+    side = size.get("shortest_edge") or size.get("height")
+    if cropped and "shortest_edge" not in size:
+        raise ValueError(f"preprocessor_config.json crops after a resize to {dict(size)}; only a resize of the shortest edge can be imported.")
+    if cropped and crop and (crop.get("height"), crop.get("width")) != (side, side):
+        raise ValueError(f"preprocessor_config.json resizes to {side} and crops to {dict(crop)}; only equal sizes can be imported.")
+    if not cropped and size.get("height") != size.get("width"):
+        raise ValueError(f"preprocessor_config.json resizes to {dict(size)}, which is no square.")
+    aspect = "pad" if p.get("do_pad") else "crop" if cropped else "square"
+    found = {"image": side, "mean": tuple(p["image_mean"]) if "image_mean" in p else None, "std": tuple(p["image_std"]) if "image_std" in p else None}
+    resample: Any = RESAMPLE[p.get("resample", 3)]
+    return ImageConfig(aspect=aspect, resample=resample), {name: value for name, value in found.items() if value}  # type: ignore[arg-type]
+
+
+# Writing.
+
+
+def decoder_json(config: DecoderConfig, source: Json | None = None) -> dict[str, Any]:
+    """A config.json for a decoder: the source's, changed where the model was, or that of the first family that holds it.
+
+    ValueError naming the fields that no family holds.
+    """
+    types = [source["model_type"]] if source and source.get("model_type") in DECODERS else list(DECODERS)
+    plain = _untrained(config)
+    failures: list[list[str]] = []
+    for model_type in types:
+        family = DECODERS[model_type]
+        written = {"architectures": [family.architecture], "model_type": model_type, **_json(family, plain), **_rotary_json(plain)}
+        if source is not None:
+            before = _json(family, _untrained(decoder_config(source)))
+            same = _untrained(decoder_config(source)).rope_scaling == plain.rope_scaling and decoder_config(source).rope_theta == plain.rope_theta
+            rotary = {} if same else _rotary_json(plain)
+            written = {**source, **{name: value for name, value in _json(family, plain).items() if before[name] != value}, **rotary}
+        failures.append(differing(plain, _untrained(decoder_config(written))))
+        if not failures[-1]:
+            return written
+    least = min(failures, key=len)
+    raise ValueError(
+        f"no decoder of transformers that neva writes ({', '.join(types)}) holds {', '.join(f'{name}={getattr(config, name)!r}' for name in least)}"
+    )
+
+
+def vision_json(config: VisionConfig, source: Json | None = None) -> dict[str, Any]:
+    """A config.json for a vision encoder, as `decoder_json`."""
+    if config.backend == "hf":
+        return dict(config.hf_config)
+    types = [source["model_type"]] if source and source.get("model_type") in VISION else ["clip_vision_model", "siglip_vision_model", "intern_vit_6b"]
+    plain, failures = _unread(config), []
+    for model_type in types:
+        family = VISION[model_type]
+        real = replace(plain, heads=plain.width // plain.head, head_width=None)  # NVLM's heads of zeros are not in its config
+        written = {"architectures": [family.architecture], "model_type": model_type, **_json(family, real)}
+        if source is not None:
+            before = _json(family, replace(_unread(vision_config(source)), head_width=None))
+            written = {**source, **{name: value for name, value in _json(family, real).items() if before[name] != value}}
+        rows = 3 * plain.heads * plain.head
+        failures.append(differing(plain, _unread(vision_config(written, qkv_rows=rows))))
+        if not failures[-1]:
+            return written
+    least = min(failures, key=len)
+    raise ValueError(
+        f"no encoder of transformers that neva writes ({', '.join(types)}) holds {', '.join(f'{name}={getattr(config, name)!r}' for name in least)}"
+    )
+
+
+def llava_json(config: VLMConfig, *, image_token: int, pad_token: int | None, source: Json | None = None) -> dict[str, Any]:
+    """A config.json for transformers' LLaVA. ValueError naming each field that the format cannot hold."""
+    cannot = [f"{name}={getattr(config, name)!r}" for name, value in LLAVA_HOLDS.items() if getattr(config, name) != value]
+    if cannot:
+        raise ValueError(f"transformers' llava cannot hold {', '.join(cannot)}; it has {', '.join(f'{n}={v!r}' for n, v in LLAVA_HOLDS.items())}")
+    vision = config.vision
+    assert vision is not None, "a model of text is a decoder"
+    strategy = next(name for name, feature in FEATURES.items() if feature == vision.feature) if vision.class_token else "full"
+    source = source or {}
+    text = {"model_type": "llama", **source["text_config"]} if source else None
+    written = {
+        **({"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "projector_hidden_act": "gelu"} | dict(source)),
+        "text_config": decoder_json(config.decoder, text),
+        "vision_config": vision_json(vision, source.get("vision_config")),
+        "vision_feature_layer": vision.select_layer,
+        "vision_feature_select_strategy": strategy,
+        "image_token_index": image_token,
+        "image_seq_length": vision.tokens,
+        "tie_word_embeddings": config.decoder.tied,
+    }
+    if pad_token is not None:
+        written["pad_token_id"] = pad_token
+    return written
+
+
+LLAVA_HOLDS: dict[str, object] = {"projector": "mlp2x_gelu", "pixel_shuffle": "none", "use_im_start_end": False}
+"""Fields of a VLM that transformers' LLaVA has one value of."""
+
+
+def processor_json(image: ImageConfig, vision: VisionConfig) -> dict[str, Any]:
+    """A preprocessor_config.json that brings images to size as we do. ValueError where no processor of transformers does."""
+    if image.process:
+        raise ValueError(f"preprocessor_config.json cannot hold image.process={image.process!r}: users of the export must run it themselves")
+    side, number = vision.image, next(number for number, name in RESAMPLE.items() if name == image.resample)
+    common = {
+        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": list(vision.mean),
+        "image_std": list(vision.std), "resample": number, "rescale_factor": 1 / 255,
+    }  # fmt: skip
+    if image.aspect == "square":
+        return {**common, "image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}}
+    sized = {**common, "crop_size": {"height": side, "width": side}, "do_center_crop": True, "size": {"shortest_edge": side}}
+    if image.aspect == "crop":
+        return {**sized, "image_processor_type": "CLIPImageProcessor"}
+    return {**sized, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
+
+
+# Between the two.
+
+
+def _family(config: Json, families: Mapping[str, Family]) -> Family:
+    model_type = str(config.get("model_type"))
+    if model_type not in families:
+        raise ValueError(f"config.json says model_type={model_type!r}; there are {', '.join(families)}.")
+    _must(config, families[model_type].must)
+    return families[model_type]
+
+
+def _must(config: Json, legal: Json) -> None:
+    """ValueError where a field says something that our model does not compute."""
+    for name, value in legal.items():
+        if config.get(name, value) != value and config[name] is not None:
+            raise ValueError(f"config.json says {name}={config[name]!r}, which this model does not compute; only {value!r} can be imported.")
+
+
+def _values(family: Family, c: Json) -> dict[str, Any]:
+    """Our fields from theirs."""
+    values: dict[str, Any] = dict(family.always)
+    for theirs, ours in family.fields.items():
+        value = c.get(theirs)
+        if ours == "window":
+            value = value or 0
+        for name in (ours,) if isinstance(ours, str) else ours:
+            values[name] = WORDS.get(value, value) if isinstance(value, str) else value
+    return values
+
+
+def _json(family: Family, config: DecoderConfig | VisionConfig) -> dict[str, Any]:
+    """Their fields from ours, those that the family has."""
+    words = {ours: theirs for theirs, ours in WORDS.items()}
+    written = {}
+    for theirs, ours in family.fields.items():
+        value = getattr(config, ours if isinstance(ours, str) else ours[0])
+        written[theirs] = words.get(value, value) if isinstance(value, str) else None if ours == "window" and not value else value
+    return written
+
+
+def _rotary(c: Json) -> dict[str, Any]:
+    """Our rotary fields. transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`."""
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    found: dict[str, Any] = {
+        "rope_theta": float(rope.get("rope_theta", c["rope_theta"])),
+        "rotary_fraction": rope.get("partial_rotary_factor", c.get("partial_rotary_factor", c.get("rope_percent", 1.0))),
+    }
+    if kind in ("linear", "dynamic"):
+        found["rope_scaling"] = RopeScaling(kind=kind, factor=rope["factor"])
+    elif kind == "llama3":
+        found["rope_scaling"] = RopeScaling(
+            kind="llama3", factor=rope["factor"], low=rope["low_freq_factor"], high=rope["high_freq_factor"],
+            original=rope["original_max_position_embeddings"],
+        )  # fmt: skip
+    elif kind != "default":
+        raise ValueError(f"config.json says rope_type={kind!r}; default, linear, dynamic and llama3 can be imported.")
+    return found
+
+
+def _rotary_json(config: DecoderConfig) -> dict[str, Any]:
+    """The spelling that every version of transformers and vLLM reads."""
+    s = config.rope_scaling
+    written: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": None}
+    if config.rotary_fraction != 1:
+        written["partial_rotary_factor"] = config.rotary_fraction
+    if s is not None:
+        written["rope_scaling"] = {"rope_type": s.kind, "factor": s.factor}
+        if s.kind == "llama3":
+            written["rope_scaling"] |= {"low_freq_factor": s.low, "high_freq_factor": s.high, "original_max_position_embeddings": s.original}
+    return written
+
+
+def _untrained(config: DecoderConfig) -> DecoderConfig:
+    """Without what training alone looks at, and with the head's width in one spelling."""
+    width = None if config.head * config.heads == config.width else config.head
+    return replace(config, embedding_dropout=0.0, hidden_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0, balance=0.0, head_width=width)
+
+
+def _unread(config: VisionConfig) -> VisionConfig:
+    """Without what a vision model's own config.json does not tell: which features are read, and how pixels are normalised."""
+    width = None if config.head * config.heads == config.width else config.head
+    return replace(config, select_layer=-1, feature="patch", mean=CLIP_MEAN, std=CLIP_STD, head_width=width)
+
+
+def differing(a: Any, b: Any) -> list[str]:
+    """Names of the fields in which two configs differ."""
+    return [f.name for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)]
+
+
+def _square(size: int | Sequence[int]) -> int:
+    if isinstance(size, int):
+        return size
+    if len(set(size)) != 1:
+        raise ValueError(f"config.json has a size of {list(size)}; only squares can be imported.")
+    return size[0]

@@ -1,0 +1,67 @@
+"""Mixture of experts: a router chooses a few of a block's MLPs for each token.
+
+Shapes: b rows, s tokens in a row, t = b*s, d model width, f width inside an expert, x experts, k experts of a token.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from neva.models.layers import GATED
+
+
+class Experts(nn.Module):
+    """Gated MLPs side by side, each applied to its own run of rows."""
+
+    def __init__(self, width: int, ffn: int, kind: str, *, experts: int, dropout: float = 0.0):
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(experts, ffn, width))
+        self.up = nn.Parameter(torch.empty(experts, ffn, width))
+        self.down = nn.Parameter(torch.empty(experts, width, ffn))
+        self.activation, self.dropout = GATED[kind], dropout
+
+    def forward(self, rows: Float[Tensor, "n d"], counts: Int64[Tensor, " x"]) -> Float[Tensor, "n d"]:
+        """The first `counts[0]` rows go through expert 0, the next `counts[1]` through expert 1, and so on; counts add up to n."""
+        ends = counts.cumsum(0, dtype=torch.int32)
+        gate, up = (F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends) for weight in (self.gate, self.up))
+        inside = F.dropout(self.activation(gate) * up, self.dropout, self.training)
+        return F.grouped_mm(inside, self.down.transpose(-2, -1), offs=ends)
+
+
+class MoE(nn.Module):
+    """Mixtral's block: softmax over all experts, the likeliest k, their weights made to add up to 1 (arXiv 2401.04088, section 2.1)."""
+
+    def __init__(self, width: int, ffn: int, kind: str, *, experts: int, active: int, balance: float, dropout: float = 0.0):
+        super().__init__()
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = Experts(width, ffn, kind, experts=experts, dropout=dropout)
+        self.active, self.balance = active, balance
+
+    def forward(self, x: Float[Tensor, "b s d"], segments: Int64[Tensor, "b s"]) -> tuple[Float[Tensor, "b s d"], Tensor | None]:
+        """Gives the mixed outputs, and in training with a `balance` that times the balance loss."""
+        flat = x.flatten(0, 1)
+        scores = self.router(flat).float().softmax(-1)
+        weights, chosen = scores.topk(self.active, dim=-1)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        order = chosen.flatten().argsort(stable=True)
+        counts = F.one_hot(chosen.flatten(), scores.shape[-1]).sum(0)
+        rows = self.experts(flat.index_select(0, order // self.active), counts)
+        back = torch.empty_like(rows).index_copy(0, order, rows).unflatten(0, chosen.shape)
+        aux = self.balance * balance_loss(scores, chosen, segments) if self.training and self.balance else None
+        return (back * weights[..., None]).sum(1).view(x.shape), aux
+
+
+def balance_loss(scores: Float[Tensor, "t x"], chosen: Int64[Tensor, "t k"], segments: Int64[Tensor, "b s"]) -> Float[Tensor, ""]:
+    """Mean over rows of x * sum over experts of (share of the row's tokens that chose it) * (its mean probability in the row).
+
+    Padding does not count. k for perfectly even routing. Source: Switch Transformer, arXiv 2101.03961, section 2.2; of one row it is
+    transformers' `load_balancing_loss_func` of one layer.
+    """
+    experts = scores.shape[-1]
+    real = (segments > 0).to(scores.dtype)[..., None]
+    tokens = real.sum(1).clamp_min(1)
+    taken = F.one_hot(chosen, experts).sum(1).to(scores.dtype).view(*segments.shape, experts)
+    shares = (taken * real).sum(1) / tokens
+    probabilities = (scores.view(*segments.shape, experts) * real).sum(1) / tokens
+    return experts * (shares * probabilities).sum(-1).mean()

@@ -1,0 +1,98 @@
+"""What a stage's `init` brings besides weights: the model's config, its tokenizer and its chat format, read without loading a tensor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from neva import config as tree
+from neva.checkpoint import store
+from neva.checkpoint.hf import Source, read_source
+from neva.checkpoint.manifest import find
+from neva.job import InitConfig, TrainConfig
+from neva.models.decoder import DecoderConfig
+from neva.models.vit import VisionConfig
+from neva.models.vlm import ImageConfig, VLMConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a checkpoint or a Hugging Face folder says of itself."""
+
+    model: VLMConfig | None = None
+    decoder: DecoderConfig | None = None
+    vision: VisionConfig | None = None
+    image: ImageConfig | None = None
+    tokenizer: str = ""
+    template: str = ""
+
+
+def look(path: Path) -> Found:
+    """Read what lies at `path`. ValueError if it is neither a neva checkpoint nor a folder that can be imported."""
+    if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
+        return _of_source(read_source(path))
+    folder = find(path)
+    described: dict[str, Any] = store.load_config(folder)
+    tokenizer = store.tokenizer_folder(folder)
+    text = {"tokenizer": str(tokenizer) if tokenizer.is_dir() else "", "template": described.get("template") or ""}
+    if "model" not in described:
+        return Found(vision=tree.from_dict(VisionConfig, described["vision"]))
+    model = tree.from_dict(VLMConfig, described["model"])
+    return Found(model=model, decoder=model.decoder, vision=model.vision, image=model.image if model.vision else None, **text)
+
+
+def _of_source(source: Source) -> Found:
+    tokenizer = str(source.folder) if source.has_tokenizer else ""
+    if isinstance(source.model, VLMConfig):
+        m = source.model
+        return Found(model=m, decoder=m.decoder, vision=m.vision, image=m.image, tokenizer=tokenizer, template="v1")
+    if isinstance(source.model, DecoderConfig):
+        return Found(decoder=source.model, tokenizer=tokenizer)
+    return Found(vision=source.model, image=source.image)
+
+
+def fill(stages: tuple[TrainConfig, ...], place: Callable[[str], Path]) -> tuple[TrainConfig, ...]:
+    """The stages with `model`, `data.tokenizer` and `data.template` taken from what their `init` names; `place` gives a path's folder.
+
+    A stage without `init` of its own goes on from the one before, and has its model. What a recipe says of the projector, of how images
+    are brought to size and of which features are read stays, unless a whole model is named.
+    """
+    filled: list[TrainConfig] = []
+    for number, stage in enumerate(stages):
+        if stage.init == InitConfig() and number:
+            before = filled[-1]
+            kept = {"decoder": before.model.decoder, "vision": before.model.vision} if before.model != stages[number - 1].model else {}
+            stage = replace(
+                stage, model=replace(stage.model, **kept), data=replace(stage.data, tokenizer=stage.data.tokenizer or before.data.tokenizer)
+            )
+            filled.append(stage)
+            continue
+        filled.append(_filled(stage, place))
+    return tuple(filled)
+
+
+def _filled(stage: TrainConfig, place: Callable[[str], Path]) -> TrainConfig:
+    model, tokenizer, template = stage.model, stage.data.tokenizer, stage.data.template
+    for part in ("model", "decoder", "vision"):
+        path = getattr(stage.init, part)
+        if path in ("", "fresh"):
+            continue
+        found = look(place(path))
+        what = getattr(found, part)
+        if what is None:
+            raise ValueError(f"stage {stage.name}: init.{part}={path} holds no {part if part != 'model' else 'whole model'}")
+        if part == "model":
+            model = found.model or model
+        elif part == "decoder":
+            model = replace(model, decoder=found.decoder)
+        else:
+            assert found.vision is not None
+            model = _with_vision(model, found.vision)
+        tokenizer, template = tokenizer or found.tokenizer, template or found.template
+    return replace(stage, model=model, data=replace(stage.data, tokenizer=tokenizer, template=template))
+
+
+def _with_vision(model: VLMConfig, vision: VisionConfig) -> VLMConfig:
+    if model.vision is not None and model.vision.layers == vision.layers:
+        vision = replace(vision, select_layer=model.vision.select_layer, feature=model.vision.feature if vision.class_token else "patch")
+    return replace(model, vision=vision)
