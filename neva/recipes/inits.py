@@ -63,7 +63,7 @@ def fill(stages: tuple[TrainConfig, ...], place: Callable[[str], Path]) -> tuple
             before = filled[-1]
             kept = {"decoder": before.model.decoder, "vision": before.model.vision} if before.model != stages[number - 1].model else {}
             stage = replace(
-                stage, model=replace(stage.model, **kept), data=replace(stage.data, tokenizer=stage.data.tokenizer or before.data.tokenizer)
+                stage, model=replace(stage.model, **kept), data=replace(stage.data, tokenizer=before.data.tokenizer or stage.data.tokenizer)
             )
             filled.append(stage)
             continue
@@ -88,7 +88,7 @@ def _filled(stage: TrainConfig, place: Callable[[str], Path]) -> TrainConfig:
         else:
             assert found.vision is not None
             model = _with_vision(model, found.vision)
-        tokenizer, template = tokenizer or found.tokenizer, template or found.template
+        tokenizer, template = found.tokenizer or tokenizer, template or found.template
     return replace(stage, model=model, data=replace(stage.data, tokenizer=tokenizer, template=template))
 
 

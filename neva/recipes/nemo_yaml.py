@@ -111,6 +111,8 @@ KEYS: dict[str, Rule] = {
     "model.ffn_dropout": ("to", "model.decoder.ffn_dropout"),
     "model.normalization": ("to", "model.decoder.norm"),
     "model.layernorm_epsilon": ("to", "model.decoder.eps"),
+    "model.do_layer_norm_weight_decay": ("none", "weight decay is applied to matrices alone"),
+    "model.attention_type": ("none", "attention is always multi-head, with fewer key-value heads where the config says so"),
     "model.bias": ("to", "model.decoder.qkv_bias, out_bias, mlp_bias"),
     "model.activation": ("to", "model.decoder.mlp"),
     "model.openai_gelu": ("to", "model.decoder.mlp"),
@@ -181,6 +183,7 @@ KEYS: dict[str, Rule] = {
     "model.data.media_type": ("to", "image is what neva reads; video is not built"),
     "model.data.sep_image_conv_front": ("no", "an image stands at the front of its turn, as in LLaVA-1.5"),
     "model.data.conv_template": ("to", "data.template"),
+    "model.data.crop_size": ("to", "model.vision.image (from mm_cfg.vision_encoder.crop_size where they differ)"),
     "model.data.image_token_len": ("none", "follows from image size, patch size and pixel shuffle"),
     "model.data.image_folder": ("to", "data.image_folder"),
     "model.data.image_aspect_ratio": ("to", "model.image.aspect"),
@@ -217,7 +220,10 @@ def convert(path: Path) -> tuple[TrainConfig, list[Line]]:
         raise ValueError(f"{path} is no neva_config.yaml of NeMo 1.0: it has no model.mm_cfg")
     data = {key: _resolved(value, loaded) for key, value in _leaves(loaded)}
     lines = [_line(key, value) for key, value in data.items()]
-    return _stage(_nested(data), lines, data), lines
+    try:
+        return _stage(_nested(data), lines, data), lines
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}") from None
 
 
 def _line(key: str, value: Any) -> Line:

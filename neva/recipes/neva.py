@@ -1,7 +1,7 @@
 """NeVA's two stages with the hyper-parameters of the NeMo Framework Launcher (conf/{training,fine_tuning}/neva).
 
-256 and 128 samples a step there; with about 600 and 800 tokens a sample these are 38 and 25 rows of 4096, here 40 and 24 so that 8 GPUs
-share the first evenly, and half as many of 8192. Betas are .9 and .95, the rate falls to a least one along a cosine. Weights come from
+256 and 128 samples a step there; with about 600 and 800 tokens a sample these are 38 and 25 rows of 4096, or 19 and 13 of 8192; here the
+next multiples of 8, so that 8 GPUs share them evenly. Betas are .9 and .95, the rate falls to a least one along a cosine. Weights come from
 init.decoder and init.vision, data from data.source and data.image_folder.
 """
 
@@ -13,16 +13,18 @@ from neva.models.vlm import ImageConfig, VLMConfig
 from neva.recipes.llava15 import mock
 
 _BETAS = (0.9, 0.95)
+ROWS = {4096: (40, 24), 8192: (24, 16)}
+"""Length of a row -> rows of a step in pretrain and in finetune."""
 
 
 def _stages(model: VLMConfig, out: str, *, template: str, plain: str = "plain", length: int = 4096, rate: float = 2e-5) -> tuple[TrainConfig, ...]:
-    share = length // 4096
+    rows, fewer = ROWS[length]
     pretrain = TrainConfig(
         name="pretrain",
         model=replace(model, image=ImageConfig(aspect="square")),
         trainable=("projector.*",),
         data=DataConfig(sources=mock((640, 480)), template=plain, workers=8),
-        batch=BatchConfig(seq_length=length, rows=40 // share, micro_rows=1),
+        batch=BatchConfig(seq_length=length, rows=rows, micro_rows=1),
         optim=OptimConfig(lr=1e-3, min_lr=2e-5, warmup=70.0, betas=_BETAS),
         steps=2170,
         checkpoint=CheckpointConfig(every=500),
@@ -34,7 +36,7 @@ def _stages(model: VLMConfig, out: str, *, template: str, plain: str = "plain", 
         model=replace(model, image=ImageConfig(aspect="pad")),
         trainable=("projector.*", "decoder.*", "head.*"),
         data=replace(pretrain.data, template=template),
-        batch=BatchConfig(seq_length=length, rows=24 // share, micro_rows=1),
+        batch=BatchConfig(seq_length=length, rows=fewer, micro_rows=1),
         optim=OptimConfig(lr=rate, min_lr=rate / 100, warmup=150.0, betas=_BETAS),
         steps=5190,
         recompute="block",

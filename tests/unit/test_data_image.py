@@ -198,3 +198,38 @@ def test_elongated_images_do_not_fill_the_memory(aspect: str, size: tuple[int, i
 
 def test_the_limit_is_below_pillows_warning() -> None:
     assert Image.MAX_IMAGE_PIXELS is not None and module.MAX_PIXELS <= Image.MAX_IMAGE_PIXELS
+
+
+def mirrored(image: Image.Image, layout: ImageLayout) -> torch.Tensor:
+    """A user's own preprocessing."""
+    pixels = np.array(image.resize((layout.tile, layout.tile)))[:, ::-1].copy()
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def as_floats(image: Image.Image, layout: ImageLayout) -> torch.Tensor:
+    return mirrored(image, layout) / 255
+
+
+def too_small(image: Image.Image, layout: ImageLayout) -> torch.Tensor:
+    return mirrored(image, layout)[:, :, 1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mirrored", None),
+        ("as_floats", r"gave torch.float32 \[1, 3, 28, 28\], not a uint8 tensor"),
+        ("too_small", r"gave torch.uint8 \[1, 3, 27, 28\]"),
+        ("nothing", "names no function"),
+        ("", "names no function"),
+    ],
+)
+def test_a_function_of_the_users(name: str, said: str | None) -> None:
+    """It takes the place of `aspect`, and what it gives is checked against the layout."""
+    image = Image.effect_noise((40, 30), 90).convert("RGB")
+    layout = ImageLayout(tile=28, tokens_per_tile=4, process=f"{__name__}:{name}")
+    if said is None:
+        assert torch.equal(to_tiles(image, layout), mirrored(image, layout))
+        return
+    with pytest.raises(ValueError, match=said):
+        to_tiles(image, layout)

@@ -1,0 +1,116 @@
+"""Stages that start from what a user has: Hugging Face folders as they are, parts of their own, and the way back after training."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+
+from neva import api
+from neva.checkpoint import index
+from tests.families import build, clip, llama, on_disk
+from tests.oracle.test_convert import SIZE, add_text, quiet_load, same_bits, whole
+
+TINY = (
+    "data.sources=[{mock: {samples: 60, words: [4, 20]}}]", "batch.seq_length=192", "batch.rows=2", "data.workers=0", "steps=3", "precision=fp32",
+    "log.tensorboard=false", "data.template=v1", "data.system=Hi.",
+)  # fmt: skip
+
+
+def parts(folder: Path) -> tuple[str, str]:
+    """A decoder with its tokenizer, and an encoder."""
+    build(llama(vocab_size=390, max_position_embeddings=512), folder / "text")
+    add_text(folder / "text", image=False, pad=False)
+    build(clip(), folder / "seen")
+    return str(folder / "text"), str(folder / "seen")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEVA_CACHE", str(tmp_path / "cache"))
+
+
+def test_parts_are_composed_trained_and_exported(tmp_path):
+    """llava-tiny on a decoder and an encoder of Hugging Face: their sizes and tokenizer are taken, they are imported once, frozen parts keep
+    every bit through two stages, and transformers loads the result."""
+    text, seen = parts(tmp_path)
+    said: list[str] = []
+    last = api.train("llava-tiny", [*TINY, f"init.decoder={text}", f"init.vision={seen}", f"out={tmp_path / 'run'}"], say=said.append)
+    assert sum("Importing" in line for line in said) == 2
+    config = api.recipe("llava-tiny", [*TINY, f"init.decoder={text}", f"init.vision={seen}"])
+    assert [stage.model.decoder.vocab for stage in config] == [390, 390] and config[0].model.vision.width == 32
+    assert config[1].data.tokenizer == text
+    before, after = on_disk(tmp_path / "seen"), index.stored(last / "weights")
+    assert torch.equal(index.read(last / "weights", "vision.patch.weight"), before["embeddings.patch_embedding.weight"])
+    assert any(name.startswith("projector.") for name in after)
+    out = api.export_checkpoint(tmp_path / "run", tmp_path / "out", say=said.append)
+    model = quiet_load(tf.LlavaForConditionalGeneration, out)
+    assert model.config.vision_config.num_hidden_layers == 3  # the encoder's last layer, which nothing reads, was carried along
+    written = on_disk(out)
+    for name, tensor in before.items():
+        kept = next(x for n, x in written.items() if n.endswith(name))
+        assert torch.equal(kept, tensor), name
+    del said[:]
+    api.train("llava-tiny", [*TINY, f"init.decoder={text}", f"init.vision={seen}", f"out={tmp_path / 'again'}"], say=said.append)
+    assert not any("Importing" in line for line in said)
+
+
+def test_a_whole_model_is_trained_and_exported(tmp_path):
+    """A stage from a llava-hf folder; the export keeps its files' spelling and all that was frozen, bit for bit."""
+    whole(tmp_path / "hf")
+    stage = ["trainable=[projector.*]", f"init={tmp_path / 'hf'}", f"out={tmp_path / 'run'}"]
+    api.train("llava-tiny/finetune", [*TINY, *stage], say=lambda text: None)
+    out = api.export_checkpoint(tmp_path / "run", tmp_path / "out", say=lambda text: None)
+    before, after = on_disk(tmp_path / "hf"), on_disk(out)
+    assert before.keys() == after.keys()
+    frozen = {name for name in before if "projector" not in name}
+    assert same_bits({n: before[n] for n in frozen}, {n: after[n] for n in frozen})
+    assert any(not torch.equal(before[n], after[n]) for n in before.keys() - frozen)
+    assert json.loads((out / "config.json").read_text())["image_token_index"] == SIZE + 1
+    tf.AutoProcessor.from_pretrained(out)
+
+
+def test_what_was_asked_for_comes_before_what_init_brings(tmp_path):
+    """Overrides of the model win over the config that init finds; one that does not fit the weights is refused by name."""
+    text, seen = parts(tmp_path)
+    (stage,) = api.recipe(
+        "llava-tiny/finetune", [f"init.decoder={text}", f"init.vision={seen}", "model.decoder.hidden_dropout=0.1", "model.vision.select_layer=-1"]
+    )
+    assert stage.model.decoder.hidden_dropout == 0.1 and stage.model.vision.select_layer == -1 and stage.model.decoder.width == 48
+    with pytest.raises(ValueError, match="has shape"):
+        api.train("llava-tiny/finetune", [*TINY, f"init.decoder={text}", "model.decoder.ffn=64", f"out={tmp_path / 'run'}"], say=lambda text: None)
+
+
+def test_bad_inits_are_named(tmp_path):
+    """A path that holds nothing, or another part, is said before anything starts."""
+    text, seen = parts(tmp_path)
+    with pytest.raises(ValueError, match="No checkpoint at"):
+        api.recipe("llava-tiny", [f"init.decoder={tmp_path / 'nothing'}"])
+    with pytest.raises(ValueError, match=f"init.decoder={seen} holds no decoder"):
+        api.recipe("llava-tiny", [f"init.decoder={seen}"])
+    with pytest.raises(ValueError, match=f"init.model={text} holds no whole model"):
+        api.recipe("llava-tiny", [f"init={text}"])
+    with pytest.raises(ValueError, match="hf:no-such/model could not be fetched"):
+        api.import_checkpoint(["hf:no-such/model"], tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["llava15-7b", "neva-llama3-8b", "neva-mixtral"])
+def test_dry_run(name, tmp_path, capsys):
+    """A large recipe says that its samples are made up, what is trained, and the memory of each rank; and writes nothing."""
+    api.dry_run(name, ["data.workers=0", f"out={tmp_path / 'run'}"], ranks=8)
+    said = capsys.readouterr().out
+    assert said.startswith("data.source is not set: pretrain, finetune will train on made-up text and images")
+    assert "Memory on each of 8 rank(s)" in said and "GiB" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_by_hand():
+    """LLaVA-1.5 7B in bf16 on 8 ranks: 6.76 G parameters are trained in finetune, 16 bytes each; the encoder is stored in bf16."""
+    from neva import plan
+
+    _, finetune = api.recipe("llava15-7b")
+    m = plan.memory(finetune, ranks=8, precision="bf16")
+    trained, frozen = 6_738_415_616 + 20_979_712, 290_909_184
+    assert m.gradients == -(-4 * trained // 8) and m.optimiser == -(-8 * trained // 8)
+    assert abs(m.weights - (4 * trained + 2 * frozen) / 8) < 1e6
