@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 TEXT = {
@@ -48,13 +47,10 @@ def load_peer(folder: Path) -> torch.nn.Module:
 
 def load_ours(folder: Path) -> tuple[object, dict[str, Tensor]]:
     """Our `VLMConfig` and the weights under our names; of the vision tower the layers up to the selected one."""
-    from neva.models import hf
+    from neva.checkpoint.hf import Options, plan, read_source
 
-    config = hf.llava_config(json.loads((folder / "config.json").read_text()))
-    state = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    weights, unknown = hf.convert(state, hf.LLAVA)
-    assert all("post_layernorm" in name for name in unknown), unknown
-    return config, {name: w for name, w in weights.items() if not name.startswith("vision.blocks.") or int(name.split(".")[2]) < config.vision.depth}
+    chosen = plan([read_source(folder)], Options())
+    return chosen.model, {name: chosen.read(name) for name in chosen.tensors}
 
 
 def machine() -> dict[str, object]:

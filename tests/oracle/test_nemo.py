@@ -27,12 +27,13 @@ KINDS = {
 
 
 @torch.no_grad()
-def same_logits(checkpoint: Path, both) -> None:
-    """The imported checkpoint computes what transformers' model does."""
-    ours = load_text(checkpoint)
+def difference(checkpoint: Path, both) -> float:
+    """How far the imported checkpoint's logits are from those of transformers' model."""
+    ours, largest = load_text(checkpoint), 0.0
     for part in both.samples():
         batch = pack(ours.config.layout, [[part]], len(part.tokens))
-        assert (ours(batch, logits_at=real(batch)).logits - both.run_theirs(part).logits[0]).abs().max() < 1e-4
+        largest = max(largest, (ours(batch, logits_at=real(batch)).logits - both.run_theirs(part).logits[0]).abs().max().item())
+    return largest
 
 
 def load_text(checkpoint: Path):
@@ -55,7 +56,7 @@ def test_language_models(kind, core, tp, pp, tmp_path):
     ours = dict(both.ours.named_parameters())
     archive = write(tmp_path / "model.nemo", ours, both.ours.config.decoder, core=core or kind == "mixtral", tp=tp, pp=pp)
     api.import_checkpoint([archive], tmp_path / "neva", say=lambda text: None)
-    same_logits(tmp_path / "neva", both)
+    assert difference(tmp_path / "neva", both) < 1e-4
     assert not (tmp_path / "neva.unpacked").exists()
 
 
@@ -86,7 +87,7 @@ def test_distributed_formats(kind, tmp_path):
     folder = write_distributed(tmp_path / "nemo", dict(both.ours.named_parameters()), both.ours.config.decoder, kind)
     api.import_checkpoint([folder], tmp_path / "neva", say=lambda text: None)
     if kind != "zarr bf16":
-        same_logits(tmp_path / "neva", both)
+        assert difference(tmp_path / "neva", both) < 1e-4
         return
     for name, parameter in load_text(tmp_path / "neva").named_parameters():
         assert torch.equal(parameter, both.ours.get_parameter(name).to(torch.bfloat16).float())
@@ -106,7 +107,7 @@ def test_nemo_2(tmp_path):
     (tmp_path / "nemo" / "context" / "model.yaml").write_text(yaml.safe_dump({"_target_": "LlamaModel", "config": config}))
     save_dcp(state, tmp_path / "nemo" / "weights")
     api.import_checkpoint([tmp_path / "nemo"], tmp_path / "neva", say=lambda text: None)
-    same_logits(tmp_path / "neva", both)
+    assert difference(tmp_path / "neva", both) < 1e-4
 
 
 NEVA = {
@@ -125,7 +126,7 @@ def test_neva(core, tmp_path):
     with pytest.raises(ValueError, match="give the encoder's folder with --vision"):
         api.import_checkpoint([archive], tmp_path / "neva")
     api.import_checkpoint([archive, tmp_path / "clip"], tmp_path / "neva", say=lambda text: None)
-    same_logits(tmp_path / "neva", both)
+    assert difference(tmp_path / "neva", both) < 1e-4
 
 
 def test_downsampling_projector(tmp_path):
