@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from neva.checkpoint import gate, index, parity
@@ -36,7 +37,8 @@ def import_model(sources: Sequence[Path], out: Path, options: Options, *, check:
     described = folders.describe(chosen, options, template)
     temporary = folders.write(chosen, out, described=described, write_tokenizer=tokenizer.save if tokenizer else None, tick=lambda size: None)
     if check:
-        differences = gate.compare(chosen.sources, chosen.model, chosen.vision, lambda name: index.read(temporary / "weights", name))
+        read_back = partial(index.read, temporary / "weights")
+        differences = gate.compare(chosen.sources, chosen.model, chosen.vision, read_back, cast=chosen.cast)
         say(parity.show(differences) if differences else "NOT COMPARED: transformers has no model of this format to compare with")
         parity.check(differences, str(out))
         described["source"]["parity"] = {d.part: d.largest for d in differences}

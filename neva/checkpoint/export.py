@@ -118,7 +118,7 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, check: bool =
         (temporary / name).write_bytes(content)
     if check and target.kind != "projector":
         differences = gate.compare(
-            [folders.read_source(temporary)], target.model, target.vision, lambda name: _grown(index.read(weights, name), target.grow.get(name, 0))
+            [folders.read_source(temporary)], target.model, target.vision, lambda name: _written(weights, name, target, options)
         )
         say(parity.show(differences))
         parity.check(differences, str(out))
@@ -316,8 +316,8 @@ def _write_weights(folder: Path, target: Target, weights: Path, options: ExportO
         if not file.exists():
             state: dict[str, Tensor] = {}
             for group in chunk:
-                ours = {name: _grown(index.read(weights, name), target.grow.get(name, 0)) for name in group}
-                state |= {target.spelled(name): tensor.to(_kind(tensor.dtype, options)) for name, tensor in _theirs(ours, target).items()}
+                ours = {name: _written(weights, name, target, options) for name in group}
+                state |= {target.spelled(name): tensor for name, tensor in _theirs(ours, target).items()}
             if number == len(plan) - 1:
                 state |= {target.spelled(name): tensor.to(_kind(tensor.dtype, options)) for name, tensor in target.extra.items()}
             part = file.with_suffix(".part")
@@ -367,6 +367,12 @@ def _groups(target: Target, described: Mapping[str, Tensor]) -> Iterator[list[st
 
 def _kind(stored: torch.dtype, options: ExportOptions) -> torch.dtype:
     return folders.DTYPES.get(options.dtype, stored)
+
+
+def _written(weights: Path, name: str, target: Target, options: ExportOptions) -> Tensor:
+    """One of our tensors as it is written: with the rows and in the dtype that were asked for."""
+    tensor = _grown(index.read(weights, name), target.grow.get(name, 0))
+    return tensor.to(_kind(tensor.dtype, options))
 
 
 def _grown(tensor: Tensor, rows: int) -> Tensor:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from neva.checkpoint import parity
@@ -16,8 +17,13 @@ from neva.models.vlm import VLMConfig
 Read = Callable[[str], Tensor]
 
 
-def compare(sources: Sequence[Source], model: VLMConfig | None, vision: VisionConfig | None, read: Read) -> list[Difference]:
-    """Our tensors, from `read`, against transformers on each of the folders; in slices where two fp32 copies do not fit in memory."""
+def compare(
+    sources: Sequence[Source], model: VLMConfig | None, vision: VisionConfig | None, read: Read, *, cast: torch.dtype | None = None
+) -> list[Difference]:
+    """Our tensors, from `read`, against transformers on each of the folders; in slices where two fp32 copies do not fit in memory.
+
+    With `cast`, theirs are rounded to that dtype first, as ours were.
+    """
     found: list[Difference] = []
     fits = parity.fits(sum(math.prod(entry.shape) for source in sources for entry in source.shards.entries.values()))
     for source in sources:
@@ -25,22 +31,22 @@ def compare(sources: Sequence[Source], model: VLMConfig | None, vision: VisionCo
             continue
         seen, original = _at_own_resolution(source, vision, read)
         if source.format == "llava" and fits and model is not None:
-            found += parity.llava(replace(model, vision=seen), original, source.folder)
+            found += parity.llava(replace(model, vision=seen), original, source.folder, cast=cast)
             continue
         if source.kind != "vision" and model is not None:
-            found += parity.decoder(model.decoder, read, peer(source, "decoder"), whole=fits)
+            found += parity.decoder(model.decoder, read, peer(source, "decoder", cast), whole=fits)
         if seen is not None and (source.kind == "vision" or source.format == "llava"):
-            found += parity.vision(seen, original, peer(source, "vision"), whole=fits)
+            found += parity.vision(seen, original, peer(source, "vision", cast), whole=fits)
     return found
 
 
-def peer(source: Source, part: str) -> Peer:
+def peer(source: Source, part: str, cast: torch.dtype | None = None) -> Peer:
     """The decoder or the encoder of a folder as transformers' model of that alone."""
     taken = set(source.spelled.values())
     if source.kind == part:
         kept = {**source.spelled, **{relative(name): name for name in source.shards.entries if name not in taken and not name.startswith("text_")}}
         config, folder = source.config, source.folder if source.format != "intern_vit_6b" else None
-        return Peer(config=config, names=tuple(kept), read=lambda name: source.shards.read(kept[name]), folder=folder)
+        return Peer(config=config, names=tuple(kept), read=lambda name: source.shards.read(kept[name]), folder=folder, cast=cast)
     beginnings = ("vision.",) if part == "vision" else ("decoder.", "head.")
     inside = {relative(default): name for default, name in source.spelled.items() if hf.ours_of(default, source.table).startswith(beginnings)}
     if part == "vision":
@@ -50,7 +56,7 @@ def peer(source: Source, part: str) -> Peer:
         config = {**source.config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     else:
         config = {"model_type": "llama", **source.config["text_config"]}
-    return Peer(config=config, names=tuple(inside), read=lambda name: source.shards.read(inside[name]))
+    return Peer(config=config, names=tuple(inside), read=lambda name: source.shards.read(inside[name]), cast=cast)
 
 
 def _at_own_resolution(source: Source, vision: VisionConfig | None, read: Read) -> tuple[VisionConfig | None, Read]:
@@ -63,6 +69,6 @@ def _at_own_resolution(source: Source, vision: VisionConfig | None, read: Read) 
         made = hf.origin(name, source.table)
         if name != "vision.positions" or made is None:
             return read(name)
-        return made.gather([source.shards.read(source.spelled[made.theirs[0]])])
+        return made.gather([source.shards.read(source.spelled[made.theirs[0]])]).to(read(name).dtype)
 
     return replace(vision, image=own.image), original

@@ -171,6 +171,8 @@ class Plan:
     unused: Mapping[str, tuple[Source, str]]
     """Part-relative name of each tensor that is kept though the model does not compute it -> its source and its name there."""
     warnings: tuple[str, ...]
+    cast: torch.dtype | None
+    """The dtype to convert to; None keeps each tensor's own."""
 
 
 def plan(sources: Sequence[Source], options: Options) -> Plan:
@@ -209,7 +211,7 @@ def plan(sources: Sequence[Source], options: Options) -> Plan:
     )
     return Plan(
         model=model, vision=vision, sources=tuple(sources), tensors=tensors, read=reader.read, new=tuple(new),
-        unused=_unused(sources, givers.values()), warnings=tuple(warnings),
+        unused=_unused(sources, givers.values()), warnings=tuple(warnings), cast=DTYPES.get(options.dtype),
     )  # fmt: skip
 
 
@@ -434,4 +436,4 @@ def _write_source(chosen: Plan, folder: Path) -> None:
         (own / KEYS).write_text(json.dumps(odd, indent=1))
         unused = {name: giver.shards.read(stored) for name, (giver, stored) in chosen.unused.items() if giver is source}
         if unused:
-            save_file({name: tensor.contiguous() for name, tensor in unused.items()}, own / UNUSED)
+            save_file({name: tensor.to(chosen.cast or tensor.dtype).contiguous() for name, tensor in unused.items()}, own / UNUSED)

@@ -47,7 +47,6 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def _folder(path: Path) -> dict[str, Any]:
     source = read_source(path)
-    known = set(source.spelled.values())
     tensors = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in source.shards.entries.items()}
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     return {
@@ -58,7 +57,7 @@ def _folder(path: Path) -> dict[str, Any]:
         "parameters": f"{parameters:,}",
         "dtypes": _dtypes(tensors),
         "files": len(source.shards.files),
-        "tensors": f"{len(tensors)}, of which neva computes {len(known & set(tensors))}",
+        "tensors": len(tensors),
         "tokenizer": f"{load_tokenizer(path).size} tokens" if source.has_tokenizer else "none",
     }
 

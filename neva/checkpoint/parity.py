@@ -71,6 +71,8 @@ class Peer:
     read: Read
     folder: Path | None = None
     """Where `from_pretrained` finds it whole; None where it is a part of something else."""
+    cast: torch.dtype | None = None
+    """Round its tensors to this dtype first; None leaves them as they are."""
 
 
 def decoder(config: DecoderConfig, read: Read, peer: Peer, *, whole: bool) -> list[Difference]:
@@ -90,22 +92,22 @@ def vision(config: VisionConfig, read: Read, peer: Peer, *, whole: bool) -> list
         one = config if number is None else replace(config, layers=1, select_layer=-1)
         ours = _fill(VISION_BACKENDS[one.backend](one), "vision.", read if number is None else _renumbered(read, "vision.blocks.", number))
         if peer.config["model_type"] == "intern_vit_6b":
-            theirs = _build("InternVLVisionModel", *_ported(config, peer, number))
+            theirs = _build("InternVLVisionModel", *_ported(config, peer, number), peer.cast)
         elif number is None:
             theirs = _whole(family.architecture if family else "AutoModel", peer)
         else:
             described = {**peer.config, "num_hidden_layers": 1}
-            theirs = _build(family.architecture if family else "AutoModel", described, _sliced(peer, number))
+            theirs = _build(family.architecture if family else "AutoModel", described, _sliced(peer, number), peer.cast)
         with torch.no_grad():
             part = "encoder features" if number is None else f"encoder layer {number}"
             found.append(_difference(part, ours(tiles), _hidden(theirs, one, tiles)))
     return found
 
 
-def llava(config: VLMConfig, read: Read, folder: Path) -> list[Difference]:
+def llava(config: VLMConfig, read: Read, folder: Path, *, cast: torch.dtype | None = None) -> list[Difference]:
     """A whole VLM against `LlavaForConditionalGeneration`: encoder, projector, logits of text, logits with an image."""
     assert config.vision is not None
-    theirs: Any = _theirs("LlavaForConditionalGeneration", folder)
+    theirs: Any = _theirs("LlavaForConditionalGeneration", folder, cast)
     theirs.config.vision_feature_layer = config.vision.select_layer
     theirs.config.vision_feature_select_strategy = "default" if config.vision.class_token and config.vision.feature == "patch" else "full"
     ours = _fill(VLM(config), "", read)
@@ -135,7 +137,7 @@ def fits(parameters: int) -> bool:
 # transformers' side.
 
 
-def _theirs(kind: str, folder: Path) -> nn.Module:
+def _theirs(kind: str, folder: Path, cast: torch.dtype | None) -> nn.Module:
     import transformers
 
     noisy = transformers.utils.logging
@@ -145,7 +147,7 @@ def _theirs(kind: str, folder: Path) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+            return getattr(transformers, kind).from_pretrained(folder, dtype=cast or torch.float32, attn_implementation="sdpa").float().eval()
     finally:
         noisy.set_verbosity(level)
         if bar:
@@ -209,16 +211,16 @@ def _ported(config: VisionConfig, peer: Peer, number: int | None) -> tuple[dict[
 
 def _whole(kind: str, peer: Peer) -> Any:
     if peer.folder is not None:
-        return _theirs(kind, peer.folder)
-    return _build(kind, peer.config, {name: peer.read(name) for name in peer.names})
+        return _theirs(kind, peer.folder, peer.cast)
+    return _build(kind, peer.config, {name: peer.read(name) for name in peer.names}, peer.cast)
 
 
-def _build(kind: str, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
+def _build(kind: str, described: Mapping[str, Any], state: Mapping[str, Tensor], cast: torch.dtype | None) -> Any:
     folder = Path(tempfile.mkdtemp())
     try:
         (folder / "config.json").write_text(json.dumps(dict(described)))
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-        return _theirs(kind, folder)
+        return _theirs(kind, folder, cast)
     finally:
         shutil.rmtree(folder)
 
@@ -236,7 +238,7 @@ def _decoder_slices(config: DecoderConfig, read: Read, peer: Peer) -> Iterator[D
     inside = {name for name in peer.names if LAYER.search(name)}
     layers = Peer(config=peer.config, names=tuple(sorted(inside)), read=peer.read)
     for number in range(config.layers):
-        theirs = _build("AutoModelForCausalLM", {**peer.config, **changed}, _sliced(layers, number) | hf.to_theirs(ends, table))
+        theirs = _build("AutoModelForCausalLM", {**peer.config, **changed}, _sliced(layers, number) | hf.to_theirs(ends, table), peer.cast)
         block = _renumbered(read, "decoder.blocks.", number)
         ours = _fill(Decoder(one), "decoder.", lambda name, block=block: ends[name] if name in ends else block(name))
         norm = _fill(Head(one), "head.", lambda name: ends[name]).norm
@@ -247,7 +249,8 @@ def _decoder_slices(config: DecoderConfig, read: Read, peer: Peer) -> Iterator[D
     for name in ("decoder.embed.weight", *(f"head.{name}" for name, _ in Head(config).named_parameters())):
         made = hf.origin(name, table)
         assert made is not None
-        d = _difference("", read(name).float(), peer.read(made.theirs[0]).float())
+        theirs = peer.read(made.theirs[0])
+        d = _difference("", read(name).float(), theirs.to(peer.cast or theirs.dtype).float())
         largest, magnitude = max(largest, d.largest), max(magnitude, d.magnitude)
     yield Difference(part="embedding, norm and head", largest=largest, magnitude=magnitude)
 

@@ -1,5 +1,6 @@
 """Hugging Face -> neva -> Hugging Face: every bit, every spelling, transformers' own processor and text; and what is refused."""
 
+import dataclasses
 import json
 import pickle
 import warnings
@@ -117,14 +118,45 @@ def test_text_and_pixels(images, tmp_path):
         from neva.models.vit import normalise
 
         c = loaded.model.config.vision
-        assert (
-            torch.equal(normalise(encoded.tiles, c.mean, c.std), given["pixel_values"])
-            or (normalise(encoded.tiles, c.mean, c.std) - given["pixel_values"]).abs().max() < 1e-6
-        )
+        plain = processor.image_processor(picture, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        assert torch.equal(encoded.tiles, plain.to(torch.uint8))
+        assert (normalise(encoded.tiles, c.mean, c.std) - given["pixel_values"]).abs().max() < 1e-6
     theirs = model.generate(**given, max_new_tokens=20, do_sample=False)[0, given["input_ids"].shape[1] :].tolist()
     (ours,) = api.generate(loaded, prompt=PROMPT, images=shown, max_new_tokens=20)
     assert ours["text"] == processor.decode(theirs, skip_special_tokens=True).strip()
     assert ours["tokens"] == len([t for t in theirs if t != 1])
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        tf.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, resample=2, image_mean=[0.1, 0.2, 0.3]),
+        tf.SiglipImageProcessorPil(size={"height": 28, "width": 28}),
+        tf.LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, do_pad=True),
+    ],
+)
+@pytest.mark.parametrize("size", [(50, 37), (20, 61), (28, 28)])
+def test_pixels_of_processors(made, size, tmp_path):
+    """What a preprocessor_config.json says is what we do: uint8 pixels equal bit for bit, normalised ones to rounding; and ours reads back."""
+    from neva.data.image import to_tiles
+    from neva.models.hf_config import image_config, processor_json
+    from neva.models.presets import VLMS as PRESETS
+    from neva.models.vit import normalise
+    from neva.models.vlm import VLMConfig
+
+    picture = Image.effect_noise(size, 90).convert("RGB")
+    image, pixels = image_config(json.loads(made.to_json_string()))
+    tiny = PRESETS["llava-tiny"]
+    config = VLMConfig(decoder=tiny.decoder, vision=dataclasses.replace(tiny.vision, **pixels), image=image)
+    tiles = to_tiles(picture, config.layout)
+    plain = made(picture, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+    assert torch.equal(tiles, plain.to(torch.uint8))
+    given = made(picture, return_tensors="pt")["pixel_values"]
+    assert (normalise(tiles, config.vision.mean, config.vision.std) - given).abs().max() < 1e-5
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor_json(image, config.vision)))
+    again = tf.AutoImageProcessor.from_pretrained(tmp_path)
+    assert torch.equal(again(picture, return_tensors="pt")["pixel_values"], given)
+    assert image_config(json.loads((tmp_path / "preprocessor_config.json").read_text())) == (image, pixels)
 
 
 def api_sample(images: list[Path]):
@@ -230,10 +262,31 @@ def test_dtypes(tmp_path):
     assert {t.dtype for t in index.stored(tmp_path / "keep" / "weights").values()} == {torch.bfloat16}
     api.import_checkpoint([tmp_path / "hf"], tmp_path / "wide", options=Options(dtype="fp32"))
     assert {t.dtype for t in index.stored(tmp_path / "wide" / "weights").values()} == {torch.float32}
-    out = api.export_checkpoint(tmp_path / "wide", tmp_path / "out", options=ExportOptions(dtype="fp16", shard=20_000), parity=False)
+    out = api.export_checkpoint(tmp_path / "wide", tmp_path / "out", options=ExportOptions(dtype="fp16", shard=20_000))
     assert {t.dtype for t in on_disk(out).values()} == {torch.float16} and len([*out.glob("*.safetensors")]) > 3
     back = {name: tensor.float() for name, tensor in on_disk(out).items()}
     assert all(torch.equal(back[n], t.half().float()) for n, t in on_disk(tmp_path / "hf").items())
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2", "siglip", "internvit 6b kind"])
+@pytest.mark.parametrize("whole_models", [True, False])
+def test_conversion_of_dtype_passes_the_gate(name, whole_models, tmp_path, monkeypatch):
+    """Weights that are rounded on the way are compared with transformers' rounded the same, not with the exact ones."""
+    from neva.checkpoint import parity
+
+    monkeypatch.setattr(parity, "fits", lambda parameters: whole_models)
+    config = {**DECODERS, **VLMS, **ENCODERS}[name]()
+    if name == "llava":
+        config.text_config.vocab_size = 390
+    build(config, tmp_path / "hf")
+    if name == "llava":
+        add_text(tmp_path / "hf", image=True)
+    api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva", options=Options(dtype="bf16"))
+    out = api.export_checkpoint(tmp_path / "neva", tmp_path / "out", options=ExportOptions(dtype="fp16"))
+    expected = {n: t.to(torch.bfloat16).half() for n, t in on_disk(tmp_path / "hf").items()}
+    written = on_disk(out)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[n], expected[n]) for n in expected)
 
 
 def test_resolution(tmp_path):
