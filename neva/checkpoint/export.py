@@ -107,7 +107,7 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, check: bool =
     target = _target(opened.folder, opened.config, model, vision, options)
     weights = opened.folder / "weights"
     temporary = out.with_name(out.name + ".tmp")
-    mark = json.dumps({"of": opened.manifest.files["neva.yaml"].sha256, "options": str(options), "step": opened.manifest.step})
+    mark = json.dumps({"of": {name: file.sha256 for name, file in opened.manifest.files.items()}, "options": str(options)})
     if temporary.exists() and not ((temporary / "export.json").is_file() and (temporary / "export.json").read_text() == mark):
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True, exist_ok=True)
@@ -196,6 +196,9 @@ def _decoder_source(origin: Origin) -> Mapping[str, Any] | None:
     source = origin.config or {}
     if "text_config" in source:
         source = {"model_type": "llama", **source["text_config"]}
+    elif "mm_vision_tower" in source:
+        plain = {name: value for name, value in source.items() if not re.match(r"mm_|image_|tune_|freeze_|use_mm|unfreeze_", name)}
+        source = {**plain, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     return source if source.get("model_type") in hf_config.DECODERS else None
 
 
@@ -250,7 +253,7 @@ def _llava(folder: Path, described: Mapping[str, Any], model: VLMConfig, names: 
     whole = replace(model, vision=vision, decoder=replace(model.decoder, vocab=vocab))
     written = hf_config.llava_json(whole, image_token=tokens.image_token, pad_token=tokens.pad_token, source=source)
     if source is None:
-        text = hf_config.decoder_json(whole.decoder, _decoder_source(read_origin(folder, "decoder")))
+        text = hf_config.decoder_json(whole.decoder, _decoder_source(read_origin(folder, "decoder", "vlm")))
         written |= {"text_config": text, "vision_config": _vision_json(vision, seen, extra)}
     family = hf_config.VISION.get(written["vision_config"]["model_type"])
     table = hf.llava_table(hf_config.DECODERS[written["text_config"]["model_type"]].table, family.table if family else hf.HF_VISION)

@@ -1,5 +1,6 @@
 """Which models the parity gate compares: a checkpoint's tensors against the folders that they came from, or went to."""
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,6 +25,8 @@ def compare(
 
     With `cast`, theirs are rounded to that dtype first, as ours were.
     """
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("comparing with transformers needs it: pip install 'neva[hf]', or leave the comparison out with --no-parity")
     found: list[Difference] = []
     fits = parity.fits(sum(math.prod(entry.shape) for source in sources for entry in source.shards.entries.values()))
     for source in sources:

@@ -35,7 +35,9 @@ def prepare_tokens(tokenizer: Tokenizer, template: str, system: str | None, *, o
 
     ValueError for a tokenizer that transformers has no form for.
     """
-    if origin is not None and (origin / "tokenizer.json").is_file():
+    own = tokenizer.files.get("tokenizer.json")
+    # The source's while it is the tokenizer that was trained with: that may have been another.
+    if origin is not None and own is not None and (origin / "tokenizer.json").is_file() and (origin / "tokenizer.json").read_bytes() == own:
         files = {name: (origin / name).read_bytes() for name in TEXT_FILES if (origin / name).is_file()}
     elif isinstance(tokenizer, JsonTokenizer):
         files = {name: content for name, content in tokenizer.files.items() if name in TEXT_FILES}

@@ -78,6 +78,10 @@ def load(path: str | Path, *, device: str | None = None, precision: str = "auto"
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if where.type == "cuda" else torch.float32}
     if precision not in kinds:
         raise ValueError(f"precision={precision!r} is none of {', '.join(kinds)}.")
+    if "model" not in checkpoint.config:
+        raise ValueError(f"{checkpoint.folder} holds an encoder alone, which cannot answer: compose a model with neva import --decoder X --vision Y.")
+    if not store.tokenizer_folder(checkpoint.folder).is_dir():
+        raise ValueError(f"{checkpoint.folder} holds no tokenizer: import it again with the tokenizer's files beside the weights.")
     config = tree.from_dict(VLMConfig, checkpoint.config["model"])
     with torch.device("meta"):
         model = VLM(config)
