@@ -51,7 +51,7 @@ def recipe(name: str, overrides: Sequence[str] = ()) -> tuple[TrainConfig, ...]:
     stages = tree.override(recipes.get(name), overrides, named=NAMED)
     if name.endswith((".yaml", ".yml")) or all(stage.init == InitConfig() for stage in stages):
         return stages
-    return tree.override(inits.fill(stages, fetch), overrides, named=NAMED)  # what was asked for comes before what init brings
+    return tree.override(inits.fill(stages, _readable), overrides, named=NAMED)  # what was asked for comes before what init brings
 
 
 def import_checkpoint(
@@ -119,6 +119,12 @@ def convert_config(path: str | Path, out: str | Path | None = None) -> tuple[str
     return tree.dumps([stage]), lines
 
 
+def _readable(source: str) -> Path:
+    """A folder whose config can be read as it lies; a NeMo checkpoint's by its import in the cache."""
+    folder = fetch(source)
+    return import_checkpoint([folder]) if is_nemo(folder) else folder
+
+
 def export_checkpoint(
     checkpoint: str | Path, out: str | Path, *, options: ExportOptions | None = None, parity: bool = True, say: Callable[[str], None] = print
 ) -> Path:
@@ -156,7 +162,7 @@ def dry_run(name: str, overrides: Sequence[str] = (), *, ranks: int = 1, say: Ca
         check(replace(stage, init=InitConfig()), world=ranks)
         for path in (stage.init.model, *part_paths(stage.init).values()):
             if path:
-                inits.look(fetch(path))
+                inits.look(_readable(path))
     precision = loop.choose_precision(resolved[0].precision)[0]
     for stage in resolved:
         say(parameter_table(stage))

@@ -1,6 +1,7 @@
 """Stages that start from what a user has: Hugging Face folders as they are, parts of their own, and the way back after training."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import transformers as tf
 
 from neva import api
 from neva.checkpoint import index
-from tests.families import build, clip, llama, on_disk
+from neva.recipes.demo import TOKENIZER
+from tests.families import build, clip, llama, on_disk, pair
+from tests.nemo import write
 from tests.oracle.test_convert import SIZE, add_text, quiet_load, same_bits, whole
 
 TINY = (
@@ -69,6 +72,20 @@ def test_a_whole_model_is_trained_and_exported(tmp_path):
     assert any(not torch.equal(before[n], after[n]) for n in before.keys() - frozen)
     assert json.loads((out / "config.json").read_text())["image_token_index"] == SIZE + 1
     tf.AutoProcessor.from_pretrained(out)
+
+
+def test_a_nemo_decoder_is_trained_on(tmp_path):
+    """init.decoder takes a .nemo as it takes a folder."""
+    both = pair(llama(vocab_size=72, max_position_embeddings=512), tmp_path / "hf")
+    archive = write(tmp_path / "model.nemo", dict(both.ours.named_parameters()), both.ours.config.decoder, core=True, tp=2)
+    _, seen = parts(tmp_path)
+    asked = [*TINY, f"init.decoder={archive}", f"init.vision={seen}", "optim.lr=0.0", f"data.tokenizer={TOKENIZER}", "model.decoder.vocab=72"]
+    with pytest.raises(ValueError, match="the tokenizer has 376 tokens but model.decoder.vocab=72"):
+        api.train("llava-tiny/pretrain", [*asked, f"out={tmp_path / 'run'}"], say=lambda text: None)
+    (stage,) = api.recipe("llava-tiny/pretrain", asked)
+    assert stage.model.decoder == replace(both.ours.config.decoder, head_width=None)  # which is what it would be anyway
+    place = next((tmp_path / "cache" / "imports").glob("model.nemo-*/manifest.json")).parent
+    assert torch.equal(index.read(place / "weights", "decoder.embed.weight"), both.ours.decoder.embed.weight)
 
 
 def test_what_was_asked_for_comes_before_what_init_brings(tmp_path):
