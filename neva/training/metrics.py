@@ -64,6 +64,8 @@ class StepReport:
     """Mean over the step's label tokens; null where it was not finite and the step was left out."""
     losses: dict[str, float]
     """The same per kind of sample."""
+    balance: float | None
+    """The experts' load-balancing loss, times its weight, which is minimised too; null without experts."""
     grad_norm: float | None
     lr: float
     tokens: int

@@ -172,10 +172,14 @@ def train_step(stage: Stage, batches: tuple[Batch, ...], *, since: float | None 
     sums: dict[str, list[float]] = {}
     bad: list[str] = []
     pending: list[tuple[Batch, Tensor, Tensor]] = []
+    balances: list[Tensor] = []
     for batch in batches:
         local = (batch.pin() if stage.pinned else batch).to(stage.device)
         out = stage.model(local)
         loss = out.losses.sum() / max(1, labels)
+        if out.aux is not None:  # a mean over this micro-batch's rows; the step's is over those of all ranks
+            balances.append(out.aux.detach() * (len(local.tokens) / config.batch.rows))
+            loss = loss + out.aux * (len(local.tokens) / config.batch.rows)
         if loss.requires_grad:  # not where only vision is trained and no rank's micro-batch of this number holds an image
             loss.backward()
         pending.append((batch, out.losses.detach(), group_sums(out.losses, local)))
@@ -188,8 +192,8 @@ def train_step(stage: Stage, batches: tuple[Batch, ...], *, since: float | None 
     stage.step += 1
     lr = learning_rate(config.optim, stage.step, config.steps)
     norm = clip(stage.model, config.optim.clip).item()
-    shared = ranks.share((sums, bad, work))
-    bad = [key for _, keys, _ in shared for key in keys]
+    shared = ranks.share((sums, bad, work, sum(balance.item() for balance in balances) if balances else None))
+    bad = [key for _, keys, _, _ in shared for key in keys]
     sound = labels > 0 and not bad and math.isfinite(norm)
     if sound:
         for group in stage.optimizer.param_groups:
@@ -199,7 +203,10 @@ def train_step(stage: Stage, batches: tuple[Batch, ...], *, since: float | None 
     if not sound:
         _leave_out(stage, labels, bad)
     seconds = time.monotonic() - started
-    return _report(stage, [s for s, _, _ in shared], [w for _, _, w in shared], norm=norm if sound else None, lr=lr, seconds=seconds)
+    told = [balance for *_, balance in shared if balance is not None]
+    balance = sum(told) if told else None
+    norm = norm if sound else None
+    return _report(stage, [s for s, *_ in shared], [w for _, _, w, _ in shared], balance=balance, norm=norm, lr=lr, seconds=seconds)
 
 
 def _leave_out(stage: Stage, labels: int, bad: list[str]) -> None:
@@ -216,7 +223,9 @@ def _leave_out(stage: Stage, labels: int, bad: list[str]) -> None:
     stage.skipped_steps += 1
 
 
-def _report(stage: Stage, sums: list[dict[str, list[float]]], works: list[Work], *, norm: float | None, lr: float, seconds: float) -> StepReport:
+def _report(
+    stage: Stage, sums: list[dict[str, list[float]]], works: list[Work], *, balance: float | None, norm: float | None, lr: float, seconds: float
+) -> StepReport:
     merged: dict[str, list[float]] = {}
     for part in sums:
         for name, (loss, count) in part.items():
@@ -229,6 +238,7 @@ def _report(stage: Stage, sums: list[dict[str, list[float]]], works: list[Work],
         step=stage.number,
         loss=sum(loss for loss, _ in merged.values()) / labels if norm is not None else None,
         losses={name: loss / count for name, (loss, count) in sorted(merged.items()) if count and norm is not None},
+        balance=balance,
         grad_norm=norm,
         lr=lr,
         tokens=tokens,

@@ -74,6 +74,23 @@ def test_a_whole_model_is_trained_and_exported(tmp_path):
     tf.AutoProcessor.from_pretrained(out)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_encoder_of_transformers_is_trained_with(frozen, precision, tmp_path):
+    """DINOv2, run by transformers' code, in the loop: sharded, in either precision, frozen or trained, and saved."""
+    config = tf.Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2)
+    build(config, tmp_path / "seen")
+    settings = {"size": {"height": 28, "width": 28}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "seen" / "preprocessor_config.json").write_text(json.dumps(settings))
+    asked = [*TINY, f"precision={precision}", f"init.vision={tmp_path / 'seen'}", f"out={tmp_path / 'run'}"]
+    asked += ["model.decoder.layers=1", f"trainable=[projector.*{'' if frozen else ', vision.*'}]", "data.sources.0.mock.text_only_every=3"]
+    last = api.train("llava-tiny/pretrain", asked, say=lambda text: None)
+    start = next((tmp_path / "cache" / "imports").glob("seen-*/weights"))
+    names = [name for name in index.stored(start) if name.endswith("patch_embeddings.projection.weight") or ".layer.0." in name]
+    changed = [not torch.equal(index.read(start, n).bfloat16(), index.read(last / "weights", n).bfloat16()) for n in names]
+    assert len(names) > 5 and any(changed) == (not frozen)
+
+
 def test_a_nemo_decoder_is_trained_on(tmp_path):
     """init.decoder takes a .nemo as it takes a folder."""
     both = pair(llama(vocab_size=72, max_position_embeddings=512), tmp_path / "hf")

@@ -358,8 +358,8 @@ def test_every_step_has_a_flushed_line_whatever_is_printed(data: Path, tmp_path:
     assert [(line["stage"], line["step"]) for line in lines] == [("pretrain", 1), ("pretrain", 2), ("finetune", 3), ("finetune", 4)]
     for line in lines:
         assert set(line) == {
-            "stage", "step", "loss", "losses", "grad_norm", "lr", "tokens", "labels", "padding", "tokens_per_s", "images_per_s", "flops_per_s",
-            "mfu", "memory_gib", "seconds", "skipped_samples", "skipped_steps",
+            "stage", "step", "loss", "losses", "balance", "grad_norm", "lr", "tokens", "labels", "padding", "tokens_per_s", "images_per_s",
+            "flops_per_s", "mfu", "memory_gib", "seconds", "skipped_samples", "skipped_steps",
         }  # fmt: skip
         assert line["tokens"] == round((1 - line["padding"]) * 128 * 4) and 0 < line["labels"] < line["tokens"]
         assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["seconds"]) and line["memory_gib"] > 0 < line["flops_per_s"]
@@ -481,3 +481,23 @@ def test_stopped_is_raised_after_saving(data: Path, tmp_path: Path) -> None:
         train("llava-tiny/finetune", data, tmp_path / "run", *overrides, on_evaluate=interrupt)
     assert stopped.value.exit_code == 143 and runs.steps_kept(tmp_path / "run") == [2, 3]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+EXPERTS = ("model.decoder.experts=4", "model.decoder.active_experts=2", "model.decoder.balance=0.5", "batch.rows=4", "trainable=[*]")
+
+
+def test_the_experts_balance_is_the_steps(data: Path, tmp_path: Path) -> None:
+    """The balance loss is a mean over the step's rows, however they are cut into micro-batches; its weight changes what is learnt."""
+    found, ends = [], []
+    for rows in (1, 2, 4):
+        out = tmp_path / str(rows)
+        last = train("llava-tiny/finetune", data, out, *EXPERTS, f"batch.micro_rows={rows}", "optim.lr=1e-3")
+        found.append([line["balance"] for line in runs.metrics(out)])
+        ends.append(weights(last, plan("llava-tiny/finetune", data, out, *EXPERTS)[0]))
+    assert all(abs(a - b) < 1e-6 for other in found[1:] for a, b in zip(found[0], other, strict=True)) and found[0][0] > 0.5 * 2 * 0.9
+    assert all((ends[0][n] - other[n]).abs().max() < 1e-5 for other in ends[1:] for n in ends[0])
+    out = tmp_path / "without"
+    last = train("llava-tiny/finetune", data, out, *EXPERTS, "batch.micro_rows=2", "optim.lr=1e-3", "model.decoder.balance=0.0")
+    assert {line["balance"] for line in runs.metrics(out)} == {None}
+    router = weights(last, plan("llava-tiny/finetune", data, out, *EXPERTS)[0])["decoder.blocks.0.mlp.router.weight"]
+    assert (router - ends[0]["decoder.blocks.0.mlp.router.weight"]).abs().max() > 1e-4

@@ -67,7 +67,7 @@ def quiet_load(kind, folder: Path):
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *VLMS, *ENCODERS])
-def test_round_trip(name, tmp_path, capsys):
+def test_round_trip(name, tmp_path, capsys, caplog):
     """hf -> neva -> hf gives the same tensors under the same names, bit for bit, proved equal on the way in and on the way out."""
     config = {**DECODERS, **VLMS, **ENCODERS}[name]()
     theirs = build(config, tmp_path / "hf")
@@ -79,7 +79,9 @@ def test_round_trip(name, tmp_path, capsys):
     api.export_checkpoint(tmp_path / "neva", tmp_path / "again")
     before, after = on_disk(tmp_path / "hf"), on_disk(tmp_path / "again")
     assert same_bits(before, after)
+    caplog.clear()
     quiet_load(type(theirs), tmp_path / "again")
+    assert not [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
     assert "TOO LARGE" not in capsys.readouterr().out
 
 
@@ -471,6 +473,29 @@ def test_cut_off_import_goes_on(tmp_path, monkeypatch):
     for name in index.stored(tmp_path / "neva" / "weights"):
         assert torch.equal(index.read(tmp_path / "neva" / "weights", name), index.read(tmp_path / "straight" / "weights", name))
     assert not (tmp_path / "neva.tmp").exists()
+
+
+def test_cut_off_export_goes_on(tmp_path, monkeypatch):
+    """A killed export keeps its finished shards; another checkpoint's, or other options', start over."""
+    from neva.checkpoint import export
+
+    build(llama(), tmp_path / "hf")
+    api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva", say=lambda text: None)
+    options, real_save, written = ExportOptions(shard=30_000), export.save_file, []
+
+    def counted(tensors, path, **more):
+        written.append(path.name)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        real_save(tensors, path, **more)
+
+    monkeypatch.setattr(export, "save_file", counted)
+    with pytest.raises(KeyboardInterrupt):
+        api.export_checkpoint(tmp_path / "neva", tmp_path / "out", options=options)
+    assert not (tmp_path / "out").exists()
+    written += [""] * 5
+    api.export_checkpoint(tmp_path / "neva", tmp_path / "out", options=options, say=lambda text: None)
+    assert not set(written[:2]) & set(written[8:]) and same_bits(on_disk(tmp_path / "hf"), on_disk(tmp_path / "out"))
 
 
 def test_what_the_format_cannot_hold(tmp_path):

@@ -65,6 +65,18 @@ def test_a_resume_with_another_number_of_ranks_sees_the_same_samples(one_and_two
     check_close(tmp_path / "run", whole)
 
 
+def test_experts_on_two_ranks(tmp_path: Path) -> None:
+    """A mixture of experts, its balance loss and dropout-free window attention give on two ranks what they give on one."""
+    plan = (*PLAN, "steps=3", "model.decoder.experts=4", "model.decoder.balance=0.3", "model.decoder.window=16", "batch.rows=4")
+    runs.run("train", *plan, f"out={tmp_path / 'one'}")
+    runs.run("train", *plan, f"out={tmp_path / 'two'}", "--nproc", 2)
+    one, two = (runs.metrics(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["balance"] == pytest.approx(b["balance"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-9)
+
+
 def test_sigterm_to_the_launcher_saves(one_and_two: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = ("train", *PLAN, f"out={out}")
