@@ -78,14 +78,19 @@ def _store_in_half(module: nn.Module, own: set[nn.Parameter]) -> None:
                 setattr(child, name, nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False))
 
 
-def fill(model: nn.Module, device: torch.device, value: Callable[[str, torch.Size], Tensor]) -> None:
-    """Give every parameter memory on the device and the value that `value(name, shape)` draws whole on the CPU; each rank keeps its part."""
+def fill(model: nn.Module, device: torch.device, value: Callable[[str, torch.Size], Tensor | None]) -> None:
+    """Give every parameter memory on the device and the value that `value(name, shape)` draws whole on the CPU; each rank keeps its part.
+
+    None leaves a parameter without a value: a checkpoint's is loaded next.
+    """
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in logical_parameters(model):
-            whole = value(name, parameter.shape).to(device, parameter.dtype)
+            drawn = value(name, parameter.shape)
             assert isinstance(parameter, DTensor), "parallelize comes before"
-            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
+            if drawn is not None:
+                whole = drawn.to(device, parameter.dtype)
+                parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
 
 
 def whole(tensor: Tensor) -> Tensor:

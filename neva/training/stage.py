@@ -97,24 +97,32 @@ def prepare(
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     trained = frozenset("projector" if name.startswith("image_vectors") else name.split(".")[0] for name in names)
     parallelize(model, mesh, precision=config.precision, recompute=config.recompute, compile=config.compile)
-    fill(model, device, lambda name, shape: fresh(name, shape, config.seed))
-    if resume is None and config.init.model:
-        start = store.open_checkpoint(Path(config.init.model)).folder
-    if begin := resume or start:
-        elsewhere = [part for part in PARTS if resume is None and getattr(config.init, part)]
-        anew = tuple(beginning for part in elsewhere for beginning in PARTS[part])
-        store.load_weights(begin, into=dict(logical_parameters(model)), only=lambda name: not name.startswith(anew))
-    parts = part_paths(config.init) if resume is None else {}
-    folders = {part: store.open_checkpoint(Path(path)).folder for part, path in parts.items()}
-    for part, folder in folders.items():
-        store.load_weights(folder, into=dict(logical_parameters(model)), only=lambda name, of=PARTS[part]: name.startswith(of))
+    begin, origins = _origins(config, start, resume)
+    found = lambda name: any(takes(name) for _, takes in origins)  # noqa: E731
+    fill(model, device, lambda name, shape: None if found(name) else fresh(name, shape, config.seed))
+    for folder, takes in origins:
+        store.load_weights(folder, into=dict(logical_parameters(model)), only=takes)
     stage = Stage(
         config=config, first_step=first_step, model=model, optimizer=make_optimizer(model, config.optim), loader=loader,
-        tokenizer=tokenizer, device=device, trained=trained, pinned=device.type == "cuda", sources=_sources(begin, config.init, folders),
+        tokenizer=tokenizer, device=device, trained=trained, pinned=device.type == "cuda", sources=_sources(begin, config.init, resume),
     )  # fmt: skip
     if resume is not None:
         _restore(stage, resume)
     return stage
+
+
+def _origins(config: TrainConfig, start: Path | None, resume: Path | None) -> tuple[Path | None, list[tuple[Path, Callable[[str], bool]]]]:
+    """The checkpoint that the stage begins from, and all that give it weights, each with the names that it gives: others are drawn anew."""
+    if resume is None and config.init.model:
+        start = store.open_checkpoint(Path(config.init.model)).folder
+    begin, parts = resume or start, part_paths(config.init) if resume is None else {}
+    elsewhere = tuple(beginning for part in PARTS if resume is None and getattr(config.init, part) for beginning in PARTS[part])
+    origins: list[tuple[Path, Callable[[str], bool]]] = []
+    if begin is not None:
+        origins.append((begin, lambda name: not name.startswith(elsewhere)))
+    for part, path in parts.items():
+        origins.append((store.open_checkpoint(Path(path)).folder, lambda name, of=PARTS[part]: name.startswith(of)))
+    return begin, origins
 
 
 def part_paths(init: InitConfig) -> dict[str, str]:
@@ -122,17 +130,18 @@ def part_paths(init: InitConfig) -> dict[str, str]:
     return {part: path for part in PARTS if (path := getattr(init, part)) not in ("", "fresh")}
 
 
-def _sources(begin: Path | None, init: InitConfig, folders: dict[str, Path]) -> dict[str, Path]:
+def _sources(begin: Path | None, init: InitConfig, resume: Path | None) -> dict[str, Path]:
     """The `source/` folders to carry on: those of the checkpoint that the stage begins from, less what comes from elsewhere, which brings its own."""
     found = {folder.name: folder for folder in sorted((begin / "source").glob("*"))} if begin is not None else {}
-    replaced = [part for part in ("decoder", "vision") if getattr(init, part)]
+    replaced = [part for part in ("decoder", "vision") if resume is None and getattr(init, part)]
     if replaced and "vlm" in found:
         whole = found.pop("vlm")
         found = {"decoder": whole, "vision": whole} | found
     found = {kind: folder for kind, folder in found.items() if kind not in replaced}
-    for part, folder in folders.items():
-        own = [folder / "source" / kind for kind in (part, "vlm") if (folder / "source" / kind).is_dir()]
-        found |= {part: own[0]} if own and part != "projector" else {}
+    for part in replaced:
+        if path := part_paths(init).get(part):
+            own = [source for kind in (part, "vlm") if (source := store.find(Path(path)) / "source" / kind).is_dir()]
+            found |= {part: own[0]} if own else {}
     return found
 
 
