@@ -53,7 +53,7 @@ def make_request() -> Encoded:
     text = torch.from_numpy(rng.integers(3, IMAGE_ID, PROMPT))
     tiles = torch.from_numpy(rng.integers(0, 256, (1, 3, VISION["image_size"], VISION["image_size"]), dtype=np.uint8))
     tokens = torch.cat((text[:1], torch.full((IMAGE_TOKENS,), IMAGE), text[1:]))
-    return Encoded(tokens=tokens, labels=torch.full_like(tokens, IGNORE), tiles=tiles, group="bench", key=("bench", "0"))
+    return Encoded.plain(tokens, torch.full_like(tokens, IGNORE), tiles, group="bench", key=("bench", "0"))
 
 
 class Ours:

@@ -59,7 +59,7 @@ def make_samples(count: int) -> list[Encoded]:
         tokens = torch.cat((text[:1], torch.full((IMAGE_TOKENS,), IMAGE), text[1:]))
         labels = torch.where(torch.arange(len(tokens)) >= len(tokens) - length // 2, tokens, IGNORE)
         tiles = torch.from_numpy(rng.integers(0, 256, (1, 3, LAYOUT.tile, LAYOUT.tile), dtype=np.uint8))
-        samples.append(Encoded(tokens=tokens, labels=labels, tiles=tiles, group="bench", key=("bench", str(number))))
+        samples.append(Encoded.plain(tokens, labels, tiles, group="bench", key=("bench", str(number))))
     return samples
 
 

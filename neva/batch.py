@@ -1,7 +1,7 @@
 """All that crosses from data to model: one micro-batch, and how images are laid out in it.
 
 Shapes: b rows, s `seq_length`, n tiles, m inline tiles, k memory tiles, p tokens per tile, g longest tag,
-l labelled tokens (padded), d documents, r runs.
+l labelled tokens (padded), d documents, r runs, y memory tokens (keys that cross-attention reads).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -19,6 +19,16 @@ VECTORS = -201
 """Token id of learned vector 0; vector number v has the id `VECTORS - v`."""
 IMAGE_START, IMAGE_END = VECTORS, VECTORS - 1
 """The two learned vectors of `use_im_start_end`: before and after the features of an image."""
+NEWLINE = VECTORS - 2
+"""The learned vector behind each row of an any-resolution image's features."""
+
+Aspect = Literal["square", "pad", "crop", "tiles", "anyres"]
+Resample = Literal["bicubic", "bilinear", "lanczos", "nearest"]
+Thumbnail = Literal["none", "first", "last"]
+Inline = Literal["all", "thumbnail", "none"]
+Tags = Literal["none", "1d", "grid", "bbox"]
+TagBinding = Literal["adjacent", "added", "rotary"]
+CrossVisible = Literal["latest", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +36,6 @@ class ImageLayout:
     """How one image becomes tiles, and tiles become tokens: all that data needs to know about vision.
 
     Derived from the model's config (`VLMConfig.layout`), never written by hand in a recipe.
-    A field with one legal value names a decision that later models make differently.
     """
 
     tile: int
@@ -35,32 +44,44 @@ class ImageLayout:
     """Does the model see images? One of text alone does not."""
     tokens_per_tile: int
     """Features that the projector gives for a tile."""
-    min_tiles: Literal[1] = 1
-    max_tiles: Literal[1] = 1
-    """Tiles that an image may be cut into; 1 resizes the whole image to one tile."""
-    inline: Literal["all"] = "all"
-    """Which tiles stand in the token sequence; the others would be cross-attention memory."""
-    tags: Literal["none"] = "none"
-    """Text written before each tile."""
+    aspect: Aspect = "pad"
+    """`square` squashes, `pad` pads to a square with `pad_colour`, `crop` resizes the short side and cuts the centre: one tile each.
+    `tiles` cuts the image into the grid of tiles that is nearest to its shape (InternVL, NVLM), `anyres` into one of `pinpoints` (LLaVA-NeXT)."""
+    min_tiles: int = 1
+    max_tiles: int = 1
+    """Fewest and most tiles that `tiles` cuts an image into, the thumbnail not counted."""
+    thumbnail: Thumbnail = "last"
+    """Where the whole image stands as one more tile, if it is cut into several."""
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    """(height, width) in pixels of the grids that `anyres` chooses from, multiples of `tile`."""
+    inline: Inline = "all"
+    """Which tiles stand in the token sequence; the others are cross-attention memory. An image of one tile counts as its own thumbnail."""
+    tags: Tags = "none"
+    """Text before each tile: its number, its place in the grid, or its corners."""
+    thumbnail_tag: str = "<tile_global_thumbnail>"
+    """Tag of the thumbnail, and of an image that is one tile."""
+    box_scale: int = 1000
+    """Width and height of an image in the units of `bbox` tags."""
+    tag_tokens: Literal["apart", "joined"] = "apart"
+    """Are tags tokenised by themselves, as in NVLM's training, or with the text before them, as the released model's code does?"""
+    tag_binding: TagBinding = "adjacent"
+    """How the tag of a memory tile is tied to it: as keys beside its features, the same with rotary positions on the keys, or added to them."""
+    cross_visible: CrossVisible = "latest"
+    """Which images' memory a token sees: that of the last image before it, or of all before it."""
     image_prefix: str = ""
     """Text before an image's features."""
     image_suffix: str = ""
     """Text after an image's features."""
     start_end: bool = False
     """A learned vector (`IMAGE_START`, `IMAGE_END`) on either side of an image's features."""
-    aspect: Literal["square", "pad", "crop"] = "pad"
-    """`square` squashes, `pad` pads to a square with `pad_colour`, `crop` resizes the short side and cuts the centre."""
     pad_colour: tuple[int, int, int] = (122, 116, 104)
     """RGB of the padding; LLaVA-1.5 uses int(255 * CLIP mean)."""
-    resample: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"
+    resample: Resample = "bicubic"
     """Pillow's resampling filter."""
+    resize: Literal["exact", "fast"] = "exact"
+    """Pillow's own resize, or torch's, which is several times as fast and within 2 levels of 255 of it."""
     process: str = ""
     """`module:name` of a function (Pillow image, ImageLayout) -> uint8 tiles [n, 3, tile, tile], in place of `aspect`."""
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Token positions that one image takes, learned start and end vectors included; prefix and suffix text not."""
-        return self.tokens_per_tile + (2 if self.start_end else 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,11 +122,17 @@ class Batch:
     memory: Int64[Tensor, " k"]
     """Rows of `tiles` that are cross-attention memory; empty while every image is inline."""
     memory_tags: Int64[Tensor, "k g"]
-    """Token ids of each memory tile's tag, -1 pads."""
+    """Token ids of each memory tile's tag, -1 pads and is no key; g is 0 where tags stand in the sequence."""
+    memory_tokens: Int64[Tensor, " y"]
+    """The keys: flat positions in k * (tag, features) of a memory tile, pads left out; g counts only where tags are keys of their own."""
+    memory_positions: Int64[Tensor, " y"]
+    """Position of each key within its sample's memory, for rotary positions."""
     sees: Int64[Tensor, "b s 2"]
-    """Half-open range of memory rows that a token may attend to."""
+    """Half-open range of memory tiles (rows of `memory`) that a token may attend to."""
     runs: Int64[Tensor, "r 4"]
-    """`sees` compressed: (query start, query end, memory start, memory end) over the flattened b*s."""
+    """`sees` compressed: (query start, query end, key start, key end) over the flattened b*s and `memory_tokens`; empty ranges left out."""
+    run_sizes: tuple[int, int, int, int]
+    """Of the runs: queries, keys (counted per run), longest of queries, longest of keys. Numbers of the CPU, so that no device waits."""
     any_tiles: bool
     """Does any rank's micro-batch of this number hold a tile? If none does, every rank skips the encoder."""
     keys: tuple[tuple[str, str], ...] = ()

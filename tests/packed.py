@@ -68,7 +68,8 @@ def pack(layout: ImageLayout, rows: Sequence[Sequence[Item]], length: int, *, bo
         groups=torch.zeros_like(tokens), group_names=("all",),
         tiles=torch.stack(tiles) if tiles else torch.zeros(0, 3, layout.tile, layout.tile, dtype=torch.uint8),
         inline=torch.arange(len(tiles)), slots=torch.tensor(places, dtype=torch.int64).view(len(tiles), layout.tokens_per_tile),
-        memory=empty, memory_tags=empty.view(0, 0), sees=torch.zeros(len(rows), length, 2, dtype=torch.int64), runs=empty.view(0, 4),
+        memory=empty, memory_tags=empty.view(0, 0), memory_tokens=empty, memory_positions=empty,
+        sees=torch.zeros(len(rows), length, 2, dtype=torch.int64), runs=empty.view(0, 4), run_sizes=(0, 0, 0, 0),
         any_tiles=bool(tiles) if any_tiles is None else any_tiles,
     )  # fmt: skip
 

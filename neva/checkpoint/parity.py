@@ -280,14 +280,14 @@ def _run(model: VLM, ids: Tensor, tiles: Tensor | None, image_id: int) -> Tensor
     n, tokens = ids.shape[1], torch.where(ids == image_id, -200, ids)
     count = 0 if tiles is None else len(tiles)
     slots = (tokens[0] == -200).nonzero().view(count, -1) if count else torch.zeros(0, 1, dtype=torch.int64)
-    one = torch.ones_like(ids)
+    one, none = torch.ones_like(ids), torch.zeros(0, dtype=torch.int64)
     batch = Batch(
         tokens=tokens, labels=torch.full_like(ids, IGNORE), positions=torch.arange(n)[None], segments=one,
         cu_seqlens=torch.tensor([0, n], dtype=torch.int32), max_len=n, labelled=torch.zeros(0, dtype=torch.int64), groups=one, group_names=("",),
         tiles=tiles if tiles is not None else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
-        inline=torch.arange(count), slots=slots, memory=torch.zeros(0, dtype=torch.int64),
-        memory_tags=torch.zeros(0, 0, dtype=torch.int64), sees=torch.zeros(1, n, 2, dtype=torch.int64), runs=torch.zeros(0, 4, dtype=torch.int64),
-        any_tiles=tiles is not None,
+        inline=torch.arange(count), slots=slots, memory=none,
+        memory_tags=none.view(0, 0), memory_tokens=none, memory_positions=none, sees=torch.zeros(1, n, 2, dtype=torch.int64), runs=none.view(0, 4),
+        run_sizes=(0, 0, 0, 0), any_tiles=tiles is not None,
     )  # fmt: skip
     logits = model(batch, logits_at=torch.arange(n)).logits
     assert logits is not None

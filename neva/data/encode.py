@@ -1,17 +1,22 @@
 """Sample -> tokens, labels and tiles: the one way in which training, evaluation and serving make them.
 
-Shapes: t tokens, n tiles, h and w a tile's height and width.
+Shapes: t tokens, n tiles, k memory tiles, h and w a tile's height and width.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import torch
 
-from neva.batch import IGNORE, IMAGE, IMAGE_END, IMAGE_START, ImageLayout
+from neva.batch import IGNORE, IMAGE, IMAGE_END, IMAGE_START, NEWLINE, ImageLayout
 from neva.data.image import image_size, open_image, to_tiles
-from neva.data.sample import MARKER, Encoded, Picture, Sample, SampleError
+from neva.data.sample import MARKER, Encoded, Sample, SampleError
 from neva.data.template import Piece, check, render
 from neva.data.templates import find_template
+from neva.data.tiling import FEWER, Tiling, anyres_slots, tags, tiling
 from neva.data.tokenizer import Tokenizer
 
 
@@ -21,11 +26,64 @@ class Measure:
 
     tokens: int
     tiles: int
+    max_tiles: int = 0
+    """The limit on an image's tiles at which it was measured; 0 is the layout's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """An image among a sample's tokens."""
+
+    start: int
+    """Position of its first token (a tag, a feature, the start vector); text before and after an image is not counted."""
+    end: int
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    tiling: Tiling
+    slots: tuple[tuple[int, ...], ...]
+    """Position of each feature of each inline tile; -1 is not placed."""
+    tagged: tuple[tuple[int, int], ...]
+    """Where the tags of memory tiles stand in the sequence, if they do."""
+
+
+@dataclass
+class Draft:
+    """A sample's tokens, whether each carries loss, and its images."""
+
+    tokens: list[int] = field(default_factory=list)
+    marks: list[bool] = field(default_factory=list)
+    images: list[Placed] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], *, loss: bool = False) -> None:
+        """Append tokens."""
+        self.tokens += ids
+        self.marks += [loss] * len(ids)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of all images."""
+        return sum(image.tiling.tiles for image in self.images)
+
+    def cut(self, length: int) -> "Draft":
+        """The first `length` tokens or fewer: an image that does not fit whole goes, and all behind it.
+
+        ValueError if no label is left. Example with images of two features (i): of [1 5 i i i i 7] a length of 4 or 5 keeps [1 5 i i].
+        """
+        if len(self.tokens) <= length:
+            return self
+        length = next((image.start for image in self.images if image.start < length < image.end), length)
+        kept = [image for image in self.images if image.end <= length and image.start < length]
+        if not any(self.marks[:length]):
+            raise ValueError(_no_label(length))
+        return Draft(tokens=self.tokens[:length], marks=self.marks[:length], images=kept)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns samples into tokens and tiles for one model. Picklable. Raises ValueError for an unknown template, and for one that does not fit."""
+    """Turns samples into tokens and tiles for one model. Picklable.
+
+    Raises ValueError for an unknown template, for one that does not fit, and for tags that the tokenizer cannot spell.
+    """
 
     tokenizer: Tokenizer
     template: str
@@ -36,60 +94,58 @@ class Encoder:
 
     def __post_init__(self) -> None:
         check(find_template(self.template, self.tokenizer))
+        _check_tags(self.tokenizer, self.layout)
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Texts at which a generation stops, besides the tokenizer's end token."""
         return find_template(self.template, self.tokenizer).stops
 
-    def encode(self, sample: Sample, *, labels: bool = True) -> Encoded:
+    def encode(self, sample: Sample, *, labels: bool = True, length: int | None = None, max_tiles: int = 0) -> Encoded:
         """The sample's tokens, unshifted labels and tiles; labels=False gives the prompt to generate its last answer from.
 
         Labels stand on answers and what ends them. The ids of a prompt are those that training saw up to the answer.
-        Raises SampleError if the turns do not fit the images or the template, or an image cannot be read.
+        A sample of more than `length` tokens is cut; `max_tiles` is a stricter limit on an image's tiles than the layout's.
+        Raises SampleError if the turns do not fit the images or the template, an image cannot be read, or no label is left.
         """
         try:
-            tokens, marks = self._tokens(sample, answer=labels)
-            tiles = [to_tiles(open_image(picture), self.layout) for picture in self._shown(sample, tokens)]
+            draft = self._draft(sample, answer=labels, max_tiles=max_tiles)
+            draft = draft if length is None else draft.cut(length)
+            tiles = []
+            for picture, placed in zip(sample.images, draft.images, strict=False):  # a caption template leaves out those of later turns
+                image = open_image(picture)
+                if image.size != placed.size:
+                    raise ValueError(f"an image decodes to {image.size} but its header says {placed.size}: it is damaged; replace it")
+                tiles.append(to_tiles(image, self.layout, max_tiles=max_tiles))
         except ValueError as error:
             raise _named(sample, error) from None
-        ids = torch.tensor(tokens, dtype=torch.int64)
+        ids = torch.tensor(draft.tokens, dtype=torch.int64)
+        empty = torch.zeros(0, 3, self.layout.tile, self.layout.tile, dtype=torch.uint8)
         return Encoded(
-            tokens=ids,
-            labels=torch.where(torch.tensor(marks, dtype=torch.bool), ids, IGNORE),
-            tiles=torch.cat(tiles) if tiles else torch.zeros(0, 3, self.layout.tile, self.layout.tile, dtype=torch.uint8),
-            group=sample.kind or sample.source,
-            key=(sample.source, sample.id),
-        )
+            tokens=ids, labels=torch.where(torch.tensor(draft.marks, dtype=torch.bool), ids, IGNORE), tiles=torch.cat(tiles) if tiles else empty,
+            group=sample.kind or sample.source, key=(sample.source, sample.id), **self._places(draft),
+        )  # fmt: skip
 
-    def measure(self, sample: Sample, *, length: int | None = None) -> Measure:
-        """The lengths of `encode(sample)`, truncated to `length` if given, from turns and image headers alone. Raises as `encode`."""
+    def measure(self, sample: Sample, *, length: int | None = None, max_tiles: int = 0) -> Measure:
+        """The lengths of `encode(sample)` with the same arguments, from turns and image headers alone. Raises as `encode`."""
         try:
-            tokens, marks = self._tokens(sample, answer=True)
-            for picture in self._shown(sample, tokens):
-                image_size(picture)
+            draft = self._draft(sample, answer=True, max_tiles=max_tiles)
+            draft = draft if length is None else draft.cut(length)
         except ValueError as error:
             raise _named(sample, error) from None
-        if length is not None:
-            tokens = tokens[: _cut(tokens, length, self.layout)]
-            if not any(marks[: len(tokens)]):
-                raise SampleError(sample.source, sample.id, _no_label(length))
-        return Measure(tokens=len(tokens), tiles=tokens.count(IMAGE) // self.layout.tokens_per_tile)
+        return Measure(tokens=len(draft.tokens), tiles=draft.tiles, max_tiles=max_tiles)
 
-    def truncate(self, encoded: Encoded, length: int) -> Encoded:
-        """The sample's first `length` tokens or fewer: an image that does not fit whole goes, and all behind it.
+    def fit(self, sample: Sample, *, length: int, tiles: int) -> Measure:
+        """The sample measured with as many tiles an image as let it have at most `length` tokens and `tiles` tiles in all, else with the fewest."""
+        found = self.measure(sample)
+        for most in (limit for limit in FEWER if self.layout.min_tiles <= limit < self.layout.max_tiles):
+            if found.tokens <= length and found.tiles <= tiles:
+                break
+            found = self.measure(sample, max_tiles=most)
+        return found
 
-        Raises SampleError if no label is left.
-        """
-        cut = _cut(encoded.tokens.tolist(), length, self.layout)
-        tokens, labels = encoded.tokens[:cut], encoded.labels[:cut]
-        if not bool((labels != IGNORE).any()):
-            raise SampleError(*encoded.key, _no_label(length))
-        tiles = int((tokens == IMAGE).sum()) // self.layout.tokens_per_tile
-        return replace(encoded, tokens=tokens, labels=labels, tiles=encoded.tiles[:tiles])
-
-    def _tokens(self, sample: Sample, *, answer: bool) -> tuple[list[int], list[bool]]:
-        """Ids, and whether each carries loss. Text between images and end tokens is tokenised in one go, as a server sees it."""
+    def _draft(self, sample: Sample, *, answer: bool, max_tiles: int) -> Draft:
+        """Ids, whether each carries loss, and where images stand. Text between images and end tokens is tokenised in one go, as a server sees it."""
         markers = sum(turn.text.count(MARKER) for turn in sample.turns if turn.role == "user")
         if markers != len(sample.images):
             raise ValueError(f"its turns hold {markers} {MARKER} but it has {len(sample.images)} image(s): add or remove {MARKER}, or the image")
@@ -98,42 +154,108 @@ class Encoder:
         pieces = render(find_template(self.template, self.tokenizer), sample.turns, system=self.system, answer=answer)
         if self.tokenizer.bos is not None and pieces[0].what != "start":
             pieces = (Piece(what="start"), *pieces)
-        tokens: list[int] = []
-        marks: list[bool] = []
-        span: list[Piece] = []
-        for piece in self._spelled(pieces):
+        draft, span = Draft(), []
+        for piece in pieces:
             if piece.what == "text":
                 span.append(piece)
-                continue
-            self._flush(span, tokens, marks)
-            span = []
-            added = self._image() if piece.what == "image" else self._special(piece)
-            tokens += added
-            marks += [piece.loss] * len(added)
-        self._flush(span, tokens, marks)
-        if answer and not any(marks):
+            elif piece.what == "image":
+                span.append(Piece(text=self.layout.image_prefix))
+                size = image_size(sample.images[len(draft.images)])
+                self._image(draft, span, size, tiling(size, self.layout, max_tiles=max_tiles))
+                span = [Piece(text=self.layout.image_suffix)]
+            else:
+                self._flush(draft, span)
+                draft.add(self._special(piece), loss=piece.loss)
+                span = []
+        self._flush(draft, span)
+        if answer and not any(draft.marks):
             raise ValueError("no token carries loss: its answers are empty")
-        return tokens, marks
+        return draft
 
-    def _shown(self, sample: Sample, tokens: list[int]) -> tuple[Picture, ...]:
-        """The images that the tokens have places for: a caption template leaves out those of later turns."""
-        return sample.images[: tokens.count(IMAGE) // self.layout.tokens_per_tile]
+    def _image(self, draft: Draft, span: list[Piece], size: tuple[int, int], found: Tiling) -> None:
+        """Appends the text before an image, then its tags, features and vectors."""
+        layout, p = self.layout, self.layout.tokens_per_tile
+        texts = tags(found, layout)
+        if layout.tag_tokens == "joined" and texts[0]:
+            span = [*span, Piece(text=texts[0])]
+        self._flush(draft, span)
+        start, slots, tagged = len(draft.tokens), [], []
+        if layout.aspect == "anyres":
+            places, features = anyres_slots(size, found, layout)
+            slots = torch.where(places < 0, -1, places + start).tolist()
+            draft.add([IMAGE if feature else NEWLINE for feature in features])
+        else:
+            draft.add([IMAGE_START] if layout.start_end else [])
+            for number, text in enumerate(texts):
+                inline = self._inline(found, number)
+                # Beside memory tiles that have company inline, tags are keys; else they are what a token names a tile by.
+                if text and (inline or layout.inline == "none") and not (layout.tag_tokens == "joined" and number == 0):
+                    draft.add(self._tag(text))
+                if inline:
+                    slots.append(range(len(draft.tokens), len(draft.tokens) + p))
+                    draft.add([IMAGE] * p)
+                else:
+                    tagged.append((len(draft.tokens) - len(self._tag(text)), len(draft.tokens)))
+            draft.add([IMAGE_END] if layout.start_end else [])
+        draft.images.append(
+            Placed(start=start, end=len(draft.tokens), size=size, tiling=found, slots=tuple(map(tuple, slots)), tagged=tuple(tagged))
+        )  # fmt: skip
 
-    def _spelled(self, pieces: tuple[Piece, ...]) -> list[Piece]:
-        """The pieces with the layout's text around each image."""
-        around = (Piece(text=self.layout.image_prefix), Piece(text=self.layout.image_suffix))
-        return [part for piece in pieces for part in ((around[0], piece, around[1]) if piece.what == "image" else (piece,))]
+    def _inline(self, found: Tiling, number: int) -> bool:
+        """Does a tile stand in the sequence?"""
+        return self.layout.inline == "all" or (self.layout.inline == "thumbnail" and number == found.whole)
+
+    def _tag(self, text: str) -> list[int]:
+        """A tag's ids, tokenised by itself."""
+        if text not in self._tags:
+            self._tags[text] = self.tokenizer.encode(text) if text else []
+        return self._tags[text]
+
+    @cached_property
+    def _tags(self) -> dict[str, list[int]]:
+        return {}
+
+    def _places(self, draft: Draft) -> dict[str, Any]:
+        """Where tiles go: fields of `Encoded`."""
+        layout, first = self.layout, 0
+        inline: list[int] = []
+        memory: list[int] = []
+        names: list[list[int]] = []
+        starts: list[int] = []
+        sees = torch.zeros(len(draft.tokens) + 1, 2, dtype=torch.int64)
+        for image in draft.images:
+            texts, before = tags(image.tiling, layout), len(memory)
+            starts.append(before)
+            for number, text in enumerate(texts):
+                (inline if self._inline(image.tiling, number) else memory).append(first + number)
+                if layout.inline == "thumbnail" and number != image.tiling.whole:
+                    names.append(self._tag(text))
+            first += len(texts)
+            # In NVLM-H an image's own tokens see its tiles; in NVLM-X its tags see their own tile, and what follows sees all.
+            sees[image.end if layout.inline == "none" else image.start :] = torch.tensor(
+                [before if layout.cross_visible == "latest" else 0, len(memory)]
+            )
+            for number, (start, end) in enumerate(image.tagged if layout.inline == "none" else ()):
+                sees[start:end] = torch.tensor([before + number, before + number + 1])
+        sees = torch.where(sees[:, :1] < sees[:, 1:], sees, 0)
+        longest = max(map(len, names), default=0)
+        slots = [places for image in draft.images for places in image.slots]
+        return {
+            "inline": torch.tensor(inline, dtype=torch.int64),
+            "slots": torch.tensor(slots, dtype=torch.int64).view(len(inline), layout.tokens_per_tile),
+            "memory": torch.tensor(memory, dtype=torch.int64),
+            "memory_starts": torch.tensor([start for start, end in pairwise([*starts, len(memory)]) for _ in range(start, end)], dtype=torch.int64),
+            "memory_tags": torch.tensor([ids + [-1] * (longest - len(ids)) for ids in names], dtype=torch.int64).view(len(memory), longest),
+            "sees": sees[:-1],
+            "next_sees": (int(sees[-1, 0]), int(sees[-1, 1])),
+        }
 
     def _special(self, piece: Piece) -> list[int]:
         """The start or the end token. A template may write the start of a tokenizer that adds none by itself, or has none."""
         id = self.tokenizer.eos if piece.what == "end" else self.tokenizer.start
         return [] if id is None else [id]
 
-    def _image(self) -> list[int]:
-        features = [IMAGE] * self.layout.tokens_per_tile
-        return [IMAGE_START, *features, IMAGE_END] if self.layout.start_end else features
-
-    def _flush(self, span: list[Piece], tokens: list[int], marks: list[bool]) -> None:
+    def _flush(self, draft: Draft, span: list[Piece]) -> None:
         """Appends the ids of text pieces tokenised together.
 
         A piece starts at the first id in which the whole differs from the text before that piece tokenised alone: this is the
@@ -146,8 +268,21 @@ class Encoder:
                 start = _common(ids, self.tokenizer.encode(before))
             flags[start:] = [piece.loss] * (len(ids) - start)
             before += piece.text
-        tokens += ids
-        marks += flags
+        draft.tokens += ids
+        draft.marks += flags
+
+
+def _check_tags(tokenizer: Tokenizer, layout: ImageLayout) -> None:
+    """ValueError for text around images and tiles that the tokenizer cannot tell apart from other text: unknown tokens would stand for all tags."""
+    most = Tiling(layout.max_tiles, 1, layout.thumbnail if layout.max_tiles > 1 else "none")
+    names = [text for text in tags(most, layout) if text]
+    for text in filter(None, (*names, layout.image_prefix, layout.image_suffix)):
+        ids = tokenizer.encode(text)
+        spelled = tokenizer.decode(ids)
+        alike = next((other for other in names if other != text and tokenizer.encode(other) == ids), "")
+        if alike or (len(ids) != 1 and spelled.strip() != text.strip()):  # one id: a token of its own, which decoding leaves out
+            fix = "choose image.tags=none, or a tokenizer that knows its letters"
+            raise ValueError(f"the tokenizer cannot spell {text!r}, which stands beside images: it comes back as {alike or spelled!r}; {fix}")
 
 
 def _named(sample: Sample, error: ValueError) -> SampleError:
@@ -161,19 +296,3 @@ def _no_label(length: int) -> str:
 def _common(a: list[int], b: list[int]) -> int:
     """Length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _cut(tokens: list[int], length: int, layout: ImageLayout) -> int:
-    """Where to cut so that at most `length` tokens are left and no image is cut in two.
-
-    Example with images of two features (i): of [1 5 i i i i 7] a length of 4 or 5 keeps [1 5 i i].
-    """
-    if len(tokens) <= length:
-        return len(tokens)
-    edge = 1 if layout.start_end else 0
-    inside = tokens[:length].count(IMAGE) % layout.tokens_per_tile  # features of the image that the cut falls into
-    if inside:
-        return length - inside - edge
-    if tokens[length] == IMAGE_END:
-        return length - layout.tokens_per_tile - edge
-    return length - 1 if length and tokens[length - 1] == IMAGE_START else length

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, TiffImagePlugin
 from torch import Tensor
 
 from neva.batch import ImageLayout
 from neva.data.sample import Picture
+from neva.data.tiling import best_pinpoint, fitted, tiling
 
 MAX_PIXELS = 89_000_000
 """Largest image that is decoded: a small file can claim a size that fills the memory (Pillow warns from about here)."""
@@ -59,23 +61,61 @@ def image_size(picture: Picture) -> tuple[int, int]:
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
-def to_tiles(image: Image.Image, layout: ImageLayout) -> UInt8[Tensor, "n 3 p p"]:
-    """An RGB image as the layout's tiles; pixels are not normalised.
+def to_tiles(image: Image.Image, layout: ImageLayout, *, max_tiles: int = 0) -> UInt8[Tensor, "n 3 p p"]:
+    """An RGB image as the layout's tiles; pixels are not normalised. `max_tiles`, if given, is a stricter limit than the layout's.
 
     `pad` is LLaVA's expand2square followed by CLIP's resize, `crop` is CLIP's resize of the short side and centre crop
-    (equal bit for bit to transformers' CLIPImageProcessorPil), `square` resizes both sides.
-    `process`, a function of the user's, takes the place of all three. Raises ValueError for an image so elongated that its padded or
-    resized form would be too large, and for tiles of that function that do not fit the layout.
+    (equal bit for bit to transformers' CLIPImageProcessorPil), `square` resizes both sides; `tiles` is InternVL's grid, `anyres` LLaVA-NeXT's.
+    `process`, a function of the user's, takes the place of all. Raises ValueError for an image without a pixel, for one so elongated that
+    its padded or resized form would be too large, and for tiles of that function that do not fit the layout.
     """
+    if min(image.size) < 1:
+        raise ValueError(f"an image of {image.width} x {image.height} pixels has nothing to show: leave the sample out")
     if layout.process:
         return _processed(image, layout)
-    size, resample = (layout.tile, layout.tile), RESAMPLE[layout.resample]
+    if layout.aspect in ("tiles", "anyres"):
+        return _grid(image, layout, max_tiles)
     if layout.aspect == "pad":
         image = _pad(image, layout.pad_colour)
     if layout.aspect == "crop":
-        image = _crop(image, layout.tile, resample)
-    pixels = np.array(image.resize(size, resample))  # a resize to the same size is a copy
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()[None]
+        image = _crop(image, layout)
+    return _cut(_resized(image, (layout.tile, layout.tile), layout), layout.tile)
+
+
+def _grid(image: Image.Image, layout: ImageLayout, max_tiles: int) -> UInt8[Tensor, "n 3 p p"]:
+    """The tiles of a grid, row by row, and the whole image before or after them."""
+    found, side = tiling(image.size, layout, max_tiles=max_tiles), layout.tile
+    size = (side * found.columns, side * found.rows)
+    if layout.aspect == "anyres":
+        inner = fitted(image.size, best_pinpoint(image.size, layout.pinpoints))
+        padded = Image.new("RGB", size)  # black, the image in its middle
+        padded.paste(image.resize(inner, RESAMPLE[layout.resample]), ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2))
+        tiles = _cut(_pixels(padded), side)
+    else:
+        tiles = _cut(_resized(image, size, layout), side)
+    if found.thumbnail == "none":
+        return tiles
+    whole = _cut(_resized(image, (side, side), layout), side)
+    return torch.cat((whole, tiles) if found.thumbnail == "first" else (tiles, whole))
+
+
+def _pixels(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _resized(image: Image.Image, size: tuple[int, int], layout: ImageLayout) -> UInt8[Tensor, "3 h w"]:
+    """The image at another (width, height); stored pixel by pixel, as both resizers want it."""
+    if layout.resize == "exact" or image.size == size:
+        return _pixels(image.resize(size, RESAMPLE[layout.resample]))  # to the same size it is a copy
+    assert layout.resample in ("bicubic", "bilinear"), "VLMConfig checks it"
+    given = _pixels(image)[None]
+    return F.interpolate(given, size=(size[1], size[0]), mode=layout.resample, antialias=True, align_corners=False)[0]
+
+
+def _cut(pixels: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "n 3 p p"]:
+    """Squares of a side, row by row."""
+    tiles = pixels.unflatten(2, (-1, side)).unflatten(1, (-1, side)).permute(1, 3, 0, 2, 4)
+    return tiles.reshape(-1, 3, side, side).contiguous()
 
 
 @cache
@@ -88,13 +128,12 @@ def _function(name: str) -> Callable[[Image.Image, ImageLayout], Tensor]:
 
 
 def _processed(image: Image.Image, layout: ImageLayout) -> UInt8[Tensor, "n 3 p p"]:
-    """Tiles of the user's function, checked: a float or a wrong size would train on nonsense without a word."""
+    """The tile of the user's function, checked: a float or a wrong size would train on nonsense without a word."""
     tiles = _function(layout.process)(image, layout)
-    wanted = f"a uint8 tensor [n, 3, {layout.tile}, {layout.tile}] with n from {layout.min_tiles} to {layout.max_tiles}"
+    wanted = f"a uint8 tensor [1, 3, {layout.tile}, {layout.tile}]"
     if not isinstance(tiles, Tensor):
         raise ValueError(f"image.process={layout.process!r} gave {type(tiles).__name__}, not {wanted}")
-    shaped = tiles.ndim == 4 and tuple(tiles.shape[1:]) == (3, layout.tile, layout.tile) and layout.min_tiles <= tiles.shape[0] <= layout.max_tiles
-    if tiles.dtype != torch.uint8 or not shaped:
+    if tiles.dtype != torch.uint8 or tuple(tiles.shape) != (1, 3, layout.tile, layout.tile):
         raise ValueError(f"image.process={layout.process!r} gave {tiles.dtype} {list(tiles.shape)}, not {wanted}; pixels are normalised later")
     return tiles
 
@@ -172,12 +211,12 @@ def _pad(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     return square
 
 
-def _crop(image: Image.Image, tile: int, resample: Image.Resampling) -> Image.Image:
+def _crop(image: Image.Image, layout: ImageLayout) -> Image.Image:
     """CLIP's: the short side resized to `tile`, the long side in proportion (rounded down), then the centre."""
-    short, long = sorted(image.size)
+    tile, (short, long) = layout.tile, sorted(image.size)
     length = int(tile * long / short)
     if tile * length > MAX_PIXELS:
         raise ValueError(f"an image of {image.width} x {image.height} pixels is too elongated to crop: cut it, or use aspect 'pad'")
-    image = image.resize((tile, length) if image.width <= image.height else (length, tile), resample)
+    image = image.resize((tile, length) if image.width <= image.height else (length, tile), RESAMPLE[layout.resample])
     left, top = (image.width - tile) // 2, (image.height - tile) // 2
     return image.crop((left, top, left + tile, top + tile))

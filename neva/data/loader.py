@@ -17,7 +17,7 @@ from neva.batch import Batch
 from neva.data.encode import Encoder, Measure
 from neva.data.order import Order, Ref
 from neva.data.pack import Budget, Item, Packer, collate
-from neva.data.sample import Encoded, SampleError
+from neva.data.sample import Encoded, Sample, SampleError
 from neva.data.source import Source
 from neva.data.workers import Crew
 
@@ -44,6 +44,8 @@ class LoaderOptions:
     on_error: Literal["stop", "skip"] = "stop"
     over_long: Literal["drop", "truncate", "error"] = "drop"
     """A sample longer than a row. One that truncation leaves without a label, or that has too many tiles, is dropped."""
+    fewer_tiles: bool = False
+    """Cut the images of a sample that is longer than a row, or has more tiles, into fewer tiles first: 12, 8, 6, 4, 2, 1; counted."""
     head_chunk: int = 64
     """`Batch.labelled` is padded to a multiple of this."""
 
@@ -168,11 +170,11 @@ class Loader:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Up to the last step yielded, over all ranks: samples `dropped` as longer than a row and `skipped` as unreadable, and
-        `epochs`, the passes over each source by name."""
+        """Up to the last step yielded, over all ranks: samples `dropped` as longer than a row, `skipped` as unreadable and `reduced` to
+        fewer tiles, and `epochs`, the passes over each source by name."""
         state = self.state_dict()
         epochs = {name: drawn / length for name, drawn, length in zip(self._names, state["drawn"], self._lengths, strict=True)}
-        return {"dropped": state["dropped"], "skipped": state["skipped"], "epochs": epochs}
+        return {"dropped": state["dropped"], "skipped": state["skipped"], "reduced": state["reduced"], "epochs": epochs}
 
     @property
     def skipped(self) -> tuple[SampleError, ...]:
@@ -199,7 +201,8 @@ class Loader:
         self._begin(state["drawn"])
         for source, epoch, index, tokens, tiles in state["pool"]:
             self._packer.put(Item(Ref(source, epoch, index), tokens, tiles))
-        self._dropped, self._skipped, self._skipped_names = state["dropped"], state["skipped"], [list(one) for one in state["names"]]
+        self._dropped, self._skipped, self._reduced = state["dropped"], state["skipped"], state.get("reduced", 0)
+        self._skipped_names = [list(one) for one in state["names"]]
         self._step = state["step"]
         self._state = self._snapshot()
 
@@ -223,7 +226,7 @@ class Loader:
         self._blocks: deque[tuple[list[Ref], Callable[[], list[Measure | Bad]]]] = deque()
         self._measured: deque[tuple[Ref, Measure | Bad]] = deque()
         self._barren = [0] * len(self._lengths)
-        self._dropped, self._skipped, self._step, self._last_items = 0, 0, 0, 0
+        self._dropped, self._skipped, self._reduced, self._step, self._last_items = 0, 0, 0, 0, 0
         self._skipped_names: list[list[str]] = []
         self._undecoded: list[tuple[str, str, str]] = []
         self._state = self._snapshot()
@@ -246,6 +249,7 @@ class Loader:
             "pool": [[*item.ref, item.tokens, item.tiles] for item in self._packer.items],
             "dropped": self._dropped,
             "skipped": self._skipped,
+            "reduced": self._reduced,
             "names": list(self._skipped_names),
         }
 
@@ -274,6 +278,7 @@ class Loader:
             self._drawn[ref.source] += 1
             if isinstance(outcome, Measure):
                 self._barren = [0] * len(self._lengths)
+                self._reduced += outcome.max_tiles > 0
                 self._packer.put(Item(ref, outcome.tokens, outcome.tiles))
             else:
                 self._set_aside(ref, outcome)
@@ -336,10 +341,10 @@ def _measure(desk: Desk, ref: Ref) -> Measure | Bad:
     budget, cut = desk.budget, desk.options.over_long == "truncate"
     try:
         sample = desk.sources[ref.source][ref.index]
-        found = desk.encoder.measure(sample)
+        found = _fitted(desk, sample)
         if cut and found.tokens > budget.seq_length:
             try:
-                found = desk.encoder.measure(sample, length=budget.seq_length)
+                found = desk.encoder.measure(sample, length=budget.seq_length, max_tiles=found.max_tiles)
             except SampleError as error:
                 return Bad("long", error.source, error.id, error.message)
     except SampleError as error:
@@ -351,6 +356,12 @@ def _measure(desk: Desk, ref: Ref) -> Measure | Bad:
         "or batch.max_tiles, or set data.over_long to drop or truncate"
     )
     return Bad("long", sample.source, sample.id, message)
+
+
+def _fitted(desk: Desk, sample: Sample) -> Measure:
+    if not desk.options.fewer_tiles:
+        return desk.encoder.measure(sample)
+    return desk.encoder.fit(sample, length=desk.budget.seq_length, tiles=desk.budget.max_tiles)
 
 
 @dataclass(frozen=True)
@@ -391,9 +402,9 @@ def build(desk: Desk, rows: Sequence[Sequence[Item]], any_tiles: bool) -> Built:
 
 def _encode(desk: Desk, item: Item) -> Encoded:
     sample = desk.sources[item.ref.source][item.ref.index]
-    encoded = desk.encoder.encode(sample)
-    if desk.options.over_long == "truncate":
-        encoded = desk.encoder.truncate(encoded, desk.budget.seq_length)
+    most = _fitted(desk, sample).max_tiles if desk.options.fewer_tiles else 0
+    length = desk.budget.seq_length if desk.options.over_long == "truncate" else None
+    encoded = desk.encoder.encode(sample, length=length, max_tiles=most)
     if (len(encoded.tokens), len(encoded.tiles)) != (item.tokens, item.tiles):
         counts = f"{len(encoded.tokens)} tokens and {len(encoded.tiles)} tiles, not the {item.tokens} and {item.tiles} that were measured"
         raise SampleError(sample.source, sample.id, f"it has {counts}: its file has changed; leave the data alone during a run")

@@ -1,14 +1,18 @@
 """Packs samples into rows under a token and a tile budget, and rows into a `Batch`.
 
-Shapes: b rows, s `seq_length`, n tiles, m inline tiles, p tokens per tile.
+Shapes: b rows, s `seq_length`, n tiles, m inline tiles, k memory tiles, p tokens per tile, g longest tag, y keys, r runs.
 """
 
 from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Int64
+from torch import Tensor
 
 from neva.batch import IGNORE, IMAGE, Batch, ImageLayout
 from neva.data.sample import Encoded
@@ -127,7 +131,7 @@ def collate(
         raise ValueError(f"there are {len(rows)} rows but batch.micro_rows is {b}: give fewer rows or raise it")
     tokens, positions, segments, groups = (torch.zeros(b, s, dtype=torch.int64) for _ in range(4))
     labels = torch.full((b, s), IGNORE, dtype=torch.int64)
-    ends = [0]
+    ends, starts = [0], []
     for r, row in enumerate(rows):
         _check_row(row, budget, group_names)
         at = 0
@@ -138,18 +142,14 @@ def collate(
             positions[r, at : at + t] = torch.arange(t)
             segments[r, at : at + t] = segment
             groups[r, at : at + t] = group_names.index(encoded.group)
+            starts.append(r * s + at)
             at += t
             ends.append(r * s + at)
         ends += [(r + 1) * s] if at < s else []
     ends += [x * s for x in range(len(rows) + 1, b + 1)]
     samples = [encoded for row in rows for encoded in row]
-    tiles = torch.cat([encoded.tiles for encoded in samples] or [torch.zeros(0, 3, layout.tile, layout.tile, dtype=torch.uint8)])
-    n, flat = len(tiles), labels.flatten()
-    labelled = torch.nonzero(flat != IGNORE).flatten()
+    labelled = torch.nonzero(labels.flatten() != IGNORE).flatten()
     chunks = max(1, -(-len(labelled) // head_chunk))
-    slots = torch.nonzero(tokens.flatten() == IMAGE).flatten()
-    _check_placeholders(len(slots), n, layout)
-    none = torch.zeros(0, dtype=torch.int64)
     batch = Batch(
         tokens=tokens,
         labels=labels,
@@ -160,13 +160,7 @@ def collate(
         labelled=torch.cat([labelled, torch.full((chunks * head_chunk - len(labelled),), -1)]),
         groups=groups,
         group_names=group_names,
-        tiles=tiles,
-        inline=torch.arange(n),
-        slots=slots.view(n, layout.tokens_per_tile),
-        memory=none,
-        memory_tags=none.view(0, 0),
-        sees=torch.zeros(b, s, 2, dtype=torch.int64),
-        runs=none.view(0, 4),
+        **place_tiles(samples, starts, (b, s), layout),
         any_tiles=any_tiles,
         keys=tuple(encoded.key for encoded in samples),
     )
@@ -174,22 +168,106 @@ def collate(
     return batch
 
 
+def place_tiles(samples: Sequence[Encoded], starts: Sequence[int], shape: tuple[int, int], layout: ImageLayout) -> dict[str, Any]:
+    """The samples' tiles and where they go: fields of a `Batch` of this shape, in which each sample begins at its flat position."""
+    none, p = torch.zeros(0, dtype=torch.int64), layout.tokens_per_tile
+    sees = torch.zeros(shape[0] * shape[1], 2, dtype=torch.int64)
+    inline, slots, memory, tiles = [none], [none.view(0, p)], [none], 0
+    keys = _Keys.of(samples, layout)
+    for encoded, start, held in zip(samples, starts, keys.held, strict=True):
+        places = encoded.slots.view(-1, p)
+        inline.append(encoded.inline + tiles)
+        slots.append(torch.where(places < 0, places, places + start))
+        memory.append(encoded.memory + tiles)
+        sees[start : start + len(encoded.tokens)] = torch.where(encoded.sees[:, :1] < encoded.sees[:, 1:], encoded.sees + held, 0)
+        tiles += len(encoded.tiles)
+    runs = _runs(keys.bounds[sees])
+    return {
+        "tiles": torch.cat([encoded.tiles for encoded in samples] or [torch.zeros(0, 3, layout.tile, layout.tile, dtype=torch.uint8)]),
+        "inline": torch.cat(inline),
+        "slots": torch.cat(slots),
+        "memory": torch.cat(memory),
+        "memory_tags": keys.tags,
+        "memory_tokens": keys.tokens,
+        "memory_positions": keys.positions,
+        "sees": sees.view(*shape, 2),
+        "runs": runs,
+        "run_sizes": run_sizes(runs),
+    }
+
+
+def next_runs(samples: Sequence[Encoded], layout: ImageLayout) -> Int64[Tensor, "r 4"]:
+    """`Batch.runs` of one more token for each of these samples, which were packed together: what it sees of their memory."""
+    keys = _Keys.of(samples, layout)
+    ranges = torch.tensor([encoded.next_sees for encoded in samples], dtype=torch.int64)
+    held = torch.tensor(keys.held)[:, None]
+    return _runs(keys.bounds[torch.where(ranges[:, :1] < ranges[:, 1:], ranges + held, 0)])
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """The memory tiles of samples as keys of attention."""
+
+    tags: Int64[Tensor, "k g"]
+    """`Batch.memory_tags`."""
+    tokens: Int64[Tensor, " y"]
+    """`Batch.memory_tokens`."""
+    positions: Int64[Tensor, " y"]
+    """`Batch.memory_positions`."""
+    bounds: Int64[Tensor, " k1"]
+    """Keys before each memory tile, and all of them."""
+    held: list[int]
+    """Memory tiles before each sample's."""
+
+    @staticmethod
+    def of(samples: Sequence[Encoded], layout: ImageLayout) -> "_Keys":
+        held = [0, *accumulate(len(encoded.memory) for encoded in samples)]
+        longest = max((encoded.memory_tags.shape[1] for encoded in samples), default=0)
+        padded = [F.pad(encoded.memory_tags.view(len(encoded.memory), -1), (0, longest), value=-1)[:, :longest] for encoded in samples]
+        tags = torch.cat([torch.zeros(0, longest, dtype=torch.int64), *(one for one in padded if len(one))])
+        beside = tags if layout.tag_binding != "added" else tags[:, :0]
+        real = torch.cat((beside >= 0, torch.ones(len(tags), layout.tokens_per_tile, dtype=torch.bool)), dim=1)
+        bounds = F.pad(real.sum(1).cumsum(0), (1, 0))
+        tokens = torch.nonzero(real.flatten()).flatten()
+        firsts = torch.cat([torch.zeros(0, dtype=torch.int64), *(e.memory_starts + start for e, start in zip(samples, held[:-1], strict=True))])
+        begins = bounds[firsts.repeat_interleave(real.sum(1))]
+        return _Keys(tags=tags, tokens=tokens, positions=torch.arange(len(tokens)) - begins, bounds=bounds, held=held[:-1])
+
+
+def _runs(ranges: Int64[Tensor, "t 2"]) -> Int64[Tensor, "r 4"]:
+    """Neighbouring tokens that see the same keys, from each token's. Padding sees none; no two samples share a range, so runs end where they do."""
+    changes = torch.nonzero((ranges[1:] != ranges[:-1]).any(1)).flatten() + 1
+    starts, ends = F.pad(changes, (1, 0)), F.pad(changes, (0, 1), value=len(ranges))
+    runs = torch.cat((starts[:, None], ends[:, None], ranges[starts]), dim=1)
+    return runs[runs[:, 2] < runs[:, 3]]
+
+
+def run_sizes(runs: Int64[Tensor, "r 4"]) -> tuple[int, int, int, int]:
+    """`Batch.run_sizes`."""
+    if not len(runs):
+        return 0, 0, 0, 0
+    queries, keys = runs[:, 1] - runs[:, 0], runs[:, 3] - runs[:, 2]
+    return int(queries.sum()), int(keys.sum()), int(queries.max()), int(keys.max())
+
+
 def check(batch: Batch, layout: ImageLayout) -> None:
-    """Raises ValueError unless placeholders == inline tiles x tokens per tile, and each feature's slot is a placeholder."""
+    """Raises ValueError unless each placeholder is the slot of one feature, each tile has its place, and memory is seen within bounds."""
     flat = batch.tokens.flatten()
-    _check_placeholders(int((flat == IMAGE).sum()), len(batch.inline), layout)
     placed = batch.slots[batch.slots >= 0]
-    if len(placed.unique()) != len(placed) or not bool((flat[placed] == IMAGE).all()):
-        raise ValueError("The batch's slots do not point at its image placeholders, one each. Make the batch with neva.data.pack.collate.")
-
-
-def _check_placeholders(placeholders: int, tiles: int, layout: ImageLayout) -> None:
-    features = tiles * layout.tokens_per_tile
-    if placeholders != features:
+    wanted, features = int((flat == IMAGE).sum()), placed.numel()
+    fix = "encode samples with the model's image layout (VLMConfig.layout), and cut them only with Encoder.encode(length=...)."
+    if wanted != features or batch.slots.shape != (len(batch.inline), layout.tokens_per_tile):
         raise ValueError(
-            f"The batch holds {placeholders} image placeholders but its tiles make {features}. Each of its {tiles} tiles needs "
-            f"{layout.tokens_per_tile}: encode samples with the model's image layout (VLMConfig.layout), and cut them only with Encoder.truncate."
+            f"The batch holds {wanted} image placeholders but its {len(batch.inline)} inline tiles of {layout.tokens_per_tile} features "
+            f"make {features}: {fix}"
         )
+    if len(placed.unique()) != features or not bool((flat[placed] == IMAGE).all()):
+        raise ValueError("The batch's slots do not point at its image placeholders, one each. Make the batch with neva.data.pack.collate.")
+    used = torch.cat((batch.inline, batch.memory)).sort().values
+    if not torch.equal(used, torch.arange(len(batch.tiles))):
+        raise ValueError(f"The batch's {len(batch.tiles)} tiles do not each stand in the sequence or in the memory: {fix}")
+    if bool((batch.sees < 0).any()) or int(batch.sees.max()) > len(batch.memory):
+        raise ValueError(f"A token sees memory tile {int(batch.sees.max()) - 1} but the batch has {len(batch.memory)}: {fix}")
 
 
 def _check_row(row: Sequence[Encoded], budget: Budget, group_names: tuple[str, ...]) -> None:

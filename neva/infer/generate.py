@@ -15,7 +15,7 @@ from neva import config as tree
 from neva.batch import Batch
 from neva.checkpoint import store
 from neva.data.encode import Encoder
-from neva.data.pack import Budget, collate
+from neva.data.pack import Budget, collate, next_runs, run_sizes
 from neva.data.sample import Encoded, Sample
 from neva.data.tokenizer import load_tokenizer
 from neva.models.attention import Cache
@@ -126,7 +126,7 @@ def generate_encoded(loaded: Loaded, prompts: Sequence[Encoded], sampling: Sampl
     last = torch.cumsum(lengths, 0) - 1
     logits = loaded.model(batch, logits_at=last.to(loaded.device), cache=cache).logits
     chosen = [request.take(row) for request, row in zip(requests, _scores(logits, sampling), strict=True)]
-    one = _step_batch(batch, len(prompts))
+    one = _step_batch(batch, prompts, loaded)
     rows, every = torch.arange(len(prompts)), torch.arange(len(prompts), device=loaded.device)
     while not all(request.finish for request in requests):
         lengths = lengths + 1
@@ -149,12 +149,14 @@ def _prefill_batch(loaded: Loaded, prompts: Sequence[Encoded]) -> Batch:
     return collate([prompts], budget, layout=loaded.encoder.layout, group_names=names, any_tiles=tiles > 0).to(loaded.device)
 
 
-def _step_batch(batch: Batch, requests: int) -> Batch:
-    """A decode step's batch [r, 1] without its tokens and positions, which change from step to step."""
-    ones = torch.ones(requests, 1, dtype=torch.int64, device=batch.tokens.device)
+def _step_batch(batch: Batch, prompts: Sequence[Encoded], loaded: Loaded) -> Batch:
+    """A decode step's batch [r, 1] without its tokens and positions, which change from step to step. Its memory is in the cache."""
+    ones = torch.ones(len(prompts), 1, dtype=torch.int64, device=batch.tokens.device)
+    runs = next_runs(prompts, loaded.encoder.layout)
+    gone = {name: getattr(batch, name)[:0] for name in ("tiles", "inline", "slots", "memory", "memory_tags", "memory_tokens", "memory_positions")}
     return replace(
-        batch, tokens=ones, labels=ones, positions=ones, segments=ones, groups=ones, tiles=batch.tiles[:0], inline=batch.inline[:0],
-        slots=batch.slots[:0], sees=torch.zeros_like(ones)[..., None].expand(-1, -1, 2), any_tiles=False, keys=(),
+        batch, tokens=ones, labels=ones, positions=ones, segments=ones, groups=ones, sees=torch.zeros_like(ones)[..., None].expand(-1, -1, 2),
+        runs=runs.to(loaded.device), run_sizes=run_sizes(runs), any_tiles=False, keys=(), **gone,
     )  # fmt: skip
 
 

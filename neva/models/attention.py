@@ -1,13 +1,13 @@
 """Attention over packed rows: documents, the cache of generation, and the kernels of each device.
 
 Shapes: b rows, s tokens in a row, h query heads, j key-value heads, e width of a head, t tokens = b*s,
-d1 document bounds, r requests, m slots of a cache row.
+d1 document bounds, r requests (of a batch: runs), m slots of a cache row, y memory tokens.
 """
 
 import inspect
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -41,6 +41,8 @@ class Cache:
     """Longest of `lengths`, as a Python int: no sync."""
     ragged: bool
     """Do lengths differ? One length needs no mask."""
+    memory: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Layer -> the keys and values [y, j, e] of its cross-attention, noted by the prefill."""
 
     def write(self, layer: int, k: Float[Tensor, "b s j e"], v: Float[Tensor, "b s j e"]) -> None:
         """Store this call's keys and values of a layer."""
@@ -49,19 +51,34 @@ class Cache:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Runs:
+    """Which tokens see which part of the memory."""
+
+    bounds: Int64[Tensor, "r 4"]
+    """`Batch.runs`."""
+    sizes: tuple[int, int, int, int]
+    """`Batch.run_sizes`."""
+    positions: Int64[Tensor, " y"]
+    """`Batch.memory_positions`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Documents:
-    """What attention must know about packed rows: where documents begin and end, and a cache if there is one."""
+    """What attention must know about packed rows: where documents begin and end, what of the memory they see, and a cache if there is one."""
 
     cu_seqlens: Int32[Tensor, " d1"]
     max_len: int
     segments: Int64[Tensor, "b s"]
+    runs: Runs | None = None
+    """None where there is no cross-attention."""
     cache: Cache | None = None
     layer: int = 0
 
     @staticmethod
     def of(batch: Batch, cache: Cache | None = None) -> "Documents":
         """The documents of a batch."""
-        return Documents(cu_seqlens=batch.cu_seqlens, max_len=batch.max_len, segments=batch.segments, cache=cache)
+        runs = Runs(bounds=batch.runs, sizes=batch.run_sizes, positions=batch.memory_positions)
+        return Documents(cu_seqlens=batch.cu_seqlens, max_len=batch.max_len, segments=batch.segments, runs=runs, cache=cache)
 
     def lengths(self) -> Int64[Tensor, "b s"]:
         """Tokens of each token's document; while decoding, of its request so far."""
@@ -75,8 +92,8 @@ class Documents:
         return replace(self, layer=layer) if self.cache is not None else self
 
 
-_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 SHORT = 400
@@ -114,21 +131,21 @@ def _banded(length: int, window: int, like: Tensor) -> Iterator[tuple[int, int, 
 def _forward_one(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of one document."""
     if not window or q.shape[2] <= window:
-        return _cpu_forward(q, k, v, 0.0, True)
+        return cpu_forward(q, k, v, 0.0, True)
     parts = []
     for first, end, start, mask in _banded(q.shape[2], window, q):
-        parts.append(_cpu_forward(q[:, :, first:end], k[:, :, start:end], v[:, :, start:end], 0.0, False, attn_mask=mask))
+        parts.append(cpu_forward(q[:, :, first:end], k[:, :, start:end], v[:, :, start:end], 0.0, False, attn_mask=mask))
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
 
 def _backward_one(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one document."""
     if not window or q.shape[2] <= window:
-        return _cpu_backward(grad, q, k, v, out, lse, 0.0, True)
+        return cpu_backward(grad, q, k, v, out, lse, 0.0, True)
     grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for first, end, start, mask in _banded(q.shape[2], window, q):
         given = (grad[:, :, first:end], q[:, :, first:end], k[:, :, start:end], v[:, :, start:end], out[:, :, first:end], lse[:, :, first:end])
-        dq, dk, dv = _cpu_backward(*given, 0.0, False, attn_mask=mask)
+        dq, dk, dv = cpu_backward(*given, 0.0, False, attn_mask=mask)
         grads[0][:, :, first:end] = dq
         grads[1][:, :, start:end] += dk
         grads[2][:, :, start:end] += dv

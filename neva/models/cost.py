@@ -36,7 +36,7 @@ def parameters(config: VLMConfig) -> Parts:
     counts: dict[str, int] = dict.fromkeys(("vision", "projector", "decoder", "head"), 0)
     for name, parameter in model.named_parameters():
         part = name.split(".", 1)[0]
-        counts["projector" if part == "image_vectors" else part] += parameter.numel()
+        counts["projector" if part in ("image_vectors", "image_newline") else part] += parameter.numel()
     return Parts(**counts)
 
 
@@ -98,7 +98,7 @@ def _projector_weights(config: VLMConfig) -> list[int]:
     if config.vision is None:
         return []
     with torch.device("meta"):
-        module = projector(config.projector, config.feature_width, config.decoder.width)
+        module = projector(config.projector, config.feature_width, config.decoder.width, config.decoder.ffn)
     return [p.numel() for p in module.parameters() if p.ndim == 2]
 
 

@@ -1,10 +1,10 @@
 """One decoder for every language-model family, chosen by field values.
 
-Shapes: b rows, s tokens in a row, d width, l labelled tokens, v vocabulary.
+Shapes: b rows, s tokens in a row, d width, l labelled tokens, v vocabulary, y memory tokens.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from neva.batch import IGNORE
 from neva.models.attention import Documents, PackedAttention
+from neva.models.cross import CrossAttention, CrossConfig
 from neva.models.layers import GATED, MLP, NORMS, Attention, GatedMLP, MLPKind, NormKind, RopeScaling, Rotary, rope_tables
 from neva.models.moe import MoE
 
@@ -66,6 +67,9 @@ class DecoderConfig:
     active_experts: int = 2
     balance: float = 0.0
     """Weight in the loss of the experts' load balance."""
+    cross_layers: tuple[int, ...] = ()
+    """Numbers of the layers, from 0, with cross-attention to image tiles between self-attention and MLP."""
+    cross: CrossConfig = field(default_factory=CrossConfig)
     embedding_dropout: float = 0.0
     hidden_dropout: float = 0.0
     """Dropout of what attention and MLP add to the hidden state."""
@@ -87,9 +91,20 @@ class DecoderConfig:
             raise ValueError(
                 f"rotary_fraction={self.rotary_fraction} rotates {self.rotary_width} of a head's {self.head} dimensions; it must be even."
             )
+        self._check_cross()
         for name in ("embedding_dropout", "hidden_dropout", "attention_dropout", "ffn_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and less than 1.")
+
+    def _check_cross(self) -> None:
+        beyond = [number for number in self.cross_layers if not 0 <= number < self.layers]
+        if beyond or list(self.cross_layers) != sorted(set(self.cross_layers)):
+            raise ValueError(f"cross_layers={list(self.cross_layers)} must be numbers from 0 to {self.layers - 1}, each once, in order.")
+        heads, width = self.cross.heads or self.heads, self.cross.head_width or self.head
+        if self.cross_layers and heads % (self.cross.kv_heads or heads):
+            raise ValueError(f"cross.kv_heads={self.cross.kv_heads} does not divide its {heads} heads: each key-value head serves as many of them.")
+        if self.cross_layers and self.cross.rotary and width % 2:
+            raise ValueError(f"cross.rotary turns pairs of dimensions, but a head has {width}; set cross.head_width to an even number.")
 
     @property
     def head(self) -> int:
@@ -110,14 +125,20 @@ class DecoderConfig:
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
+    """x + attention(norm x), then cross-attention to the memory where there is some, then x + mlp(norm x)."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, *, cross: bool = False):
         super().__init__()
         c = config
         inner = PackedAttention(window=c.window, dropout=c.attention_dropout)
         self.attention_norm = NORMS[c.norm](c.width, c.eps)
         self.attention = Attention(c.width, c.heads, c.kv_heads, c.head, qkv_bias=c.qkv_bias, out_bias=c.out_bias, inner=inner)
+        self.cross = None
+        if cross:
+            rotary = Rotary(width=c.cross.head_width or c.head, theta=c.rope_theta, scaling=None, limit=0)
+            self.cross = CrossAttention(
+                c.cross, width=c.width, heads=c.heads, head_width=c.head, norm=c.norm, eps=c.eps, mlp=c.mlp, rotary=rotary
+            )  # fmt: skip
         self.mlp_norm = NORMS[c.norm](c.width, c.eps)
         if c.experts:
             self.mlp = MoE(c.width, c.ffn, c.mlp, experts=c.experts, active=c.active_experts, balance=c.balance, dropout=c.ffn_dropout)
@@ -125,9 +146,13 @@ class Block(nn.Module):
             self.mlp = (GatedMLP if c.mlp in GATED else MLP)(c.width, c.ffn, c.mlp, bias=c.mlp_bias, dropout=c.ffn_dropout)
         self.dropout = nn.Dropout(c.hidden_dropout)
 
-    def forward(self, x: Float[Tensor, "b s d"], layout: Documents, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Float[Tensor, "b s d"], layout: Documents, angles: tuple[Tensor, Tensor] | None, memory: Float[Tensor, "y d"] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Gives the hidden states [b, s, d] and the experts' balance loss, None without one."""
         x = x + self.dropout(self.attention(self.attention_norm(x), layout, angles))
+        if self.cross is not None and (memory is not None or (layout.cache is not None and layout.cache.memory)):
+            x = self.cross(x, layout, memory)
         y = self.mlp_norm(x)
         y, aux = self.mlp(y, layout.segments) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
         return x + self.dropout(y), aux
@@ -142,10 +167,15 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(c.vocab, c.width)
         self.positions = nn.Parameter(torch.empty(c.max_positions, c.width)) if c.positions == "learned" else None
         self.dropout = nn.Dropout(c.embedding_dropout)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.blocks = nn.ModuleList(Block(c, cross=number in c.cross_layers) for number in range(c.layers))
 
-    def forward(self, x: Float[Tensor, "b s d"], positions: Int64[Tensor, "b s"], layout: Documents) -> tuple[Tensor, Tensor | None]:
-        """Embedded tokens -> hidden states [b, s, d] before the final norm, and the blocks' balance losses added up."""
+    def forward(
+        self, x: Float[Tensor, "b s d"], positions: Int64[Tensor, "b s"], layout: Documents, memory: Float[Tensor, "y d"] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embedded tokens -> hidden states [b, s, d] before the final norm, and the blocks' balance losses added up.
+
+        `memory` is what cross-attention reads; None leaves it out.
+        """
         angles = None
         if self.positions is not None:
             x = x + self.positions[positions].to(x.dtype)
@@ -154,7 +184,7 @@ class Decoder(nn.Module):
             angles = cos.to(x.dtype), sin.to(x.dtype)
         x, total = self.dropout(x), None
         for number, block in enumerate(self.blocks):
-            x, aux = block(x, layout.at(number), angles)
+            x, aux = block(x, layout.at(number), angles, memory if block.cross is not None else None)
             if aux is not None:
                 total = aux if total is None else total + aux
         return x, total

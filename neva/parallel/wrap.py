@@ -54,7 +54,8 @@ def parallelize(model: VLM, mesh: DeviceMesh, *, precision: str, recompute: str 
             blocks[number].compile()
     half = precision == "bf16"
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32 if half else None)
-    groups = [m for m in (*blocks, model.vision, model.projector, model.head, model) if m is not None and any(True for _ in m.parameters())]
+    crosses = [block.cross for block in model.decoder.blocks if block.cross is not None]  # apart: they train where the decoder is frozen
+    groups = [m for m in (*crosses, *blocks, model.vision, model.projector, model.head, model) if m is not None and any(True for _ in m.parameters())]
     sharded: set[nn.Parameter] = set()
     for module in groups:
         own = [p for p in module.parameters() if p not in sharded]

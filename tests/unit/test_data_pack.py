@@ -129,7 +129,7 @@ def encoded(sizes: list[int | str], *, group: str = "g", id: str = "0", start: i
     labels = [token if token != IMAGE and (len(tokens) - i) % 2 else IGNORE for i, token in enumerate(tokens)]
     images = sizes.count("i")
     tiles = torch.arange(images * 12, dtype=torch.uint8).view(images, 3, 2, 2) + start
-    return Encoded(tokens=torch.tensor(tokens), labels=torch.tensor(labels), tiles=tiles, group=group, key=("src", id))
+    return Encoded.plain(torch.tensor(tokens), torch.tensor(labels), tiles, group=group, key=("src", id))
 
 
 def brute_force(rows: list[list[Encoded]], budget: Budget, names: tuple[str, ...]) -> dict[str, list]:
