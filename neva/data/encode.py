@@ -4,13 +4,14 @@ Shapes: t tokens, n tiles, h and w a tile's height and width.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from neva.batch import IGNORE, IMAGE, IMAGE_END, IMAGE_START, ImageLayout
 from neva.data.image import image_size, open_image, to_tiles
 from neva.data.sample import MARKER, Encoded, Picture, Sample, SampleError
-from neva.data.template import Piece, check, render
+from neva.data.template import Piece, check, ending, render
 from neva.data.templates import find_template
 from neva.data.tokenizer import Tokenizer
 
@@ -40,7 +41,15 @@ class Encoder:
     @property
     def stops(self) -> tuple[str, ...]:
         """Texts at which a generation stops, besides the tokenizer's end token."""
-        return find_template(self.template, self.tokenizer).stops
+        template = find_template(self.template, self.tokenizer)
+        own = ending(template)
+        return template.stops or ((own,) if own else ())
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids at which a generation stops: the tokenizer's end token, and stop texts that are one token (special ones decode to nothing)."""
+        spelled = [self.tokenizer.encode(text, first=False) for text in self.stops]
+        return frozenset([self.tokenizer.eos, *(ids[0] for ids in spelled if len(ids) == 1)])
 
     def encode(self, sample: Sample, *, labels: bool = True) -> Encoded:
         """The sample's tokens, unshifted labels and tiles; labels=False gives the prompt to generate its last answer from.
@@ -95,22 +104,25 @@ class Encoder:
             raise ValueError(f"its turns hold {markers} {MARKER} but it has {len(sample.images)} image(s): add or remove {MARKER}, or the image")
         if sample.images and not self.layout.images:
             raise ValueError("the model has no vision encoder: leave the image out, or use a model with one")
-        pieces = render(find_template(self.template, self.tokenizer), sample.turns, system=self.system, answer=answer)
-        if self.tokenizer.bos is not None and pieces[0].what != "start":
-            pieces = (Piece(what="start"), *pieces)
-        tokens: list[int] = []
-        marks: list[bool] = []
+        template = find_template(self.template, self.tokenizer)
+        if template.caption and not answer and not sample.images:
+            raise ValueError(f"the template {self.template!r} asks with an image alone and this question has none: add one, or train with another")
+        pieces = render(template, sample.turns, system=self.system, answer=answer)
+        # The tokenizer's own template says itself how a text begins, but with images transformers' processors add the start token.
+        start = [self.tokenizer.bos] if self.tokenizer.bos is not None and (self.template or self.layout.images) else []
+        tokens = [] if pieces and pieces[0].what == "start" else start
+        marks, begin = [False] * len(tokens), len(tokens)
         span: list[Piece] = []
         for piece in self._spelled(pieces):
             if piece.what == "text":
                 span.append(piece)
                 continue
-            self._flush(span, tokens, marks)
+            self._flush(span, tokens, marks, first=len(tokens) == begin)
             span = []
             added = self._image() if piece.what == "image" else self._special(piece)
             tokens += added
             marks += [piece.loss] * len(added)
-        self._flush(span, tokens, marks)
+        self._flush(span, tokens, marks, first=len(tokens) == begin)
         if answer and not any(marks):
             raise ValueError("no token carries loss: its answers are empty")
         return tokens, marks
@@ -133,17 +145,17 @@ class Encoder:
         features = [IMAGE] * self.layout.tokens_per_tile
         return [IMAGE_START, *features, IMAGE_END] if self.layout.start_end else features
 
-    def _flush(self, span: list[Piece], tokens: list[int], marks: list[bool]) -> None:
-        """Appends the ids of text pieces tokenised together.
+    def _flush(self, span: list[Piece], tokens: list[int], marks: list[bool], *, first: bool) -> None:
+        """Appends the ids of text pieces tokenised together; `first` ones stand at the beginning.
 
         A piece starts at the first id in which the whole differs from the text before that piece tokenised alone: this is the
         prompt that a server would send, and it holds for any tokenizer, also where an id spans the border.
         """
-        ids = self.tokenizer.encode("".join(piece.text for piece in span))
+        ids = self.tokenizer.encode("".join(piece.text for piece in span), first=first)
         flags, start, before = [False] * len(ids), 0, ""
         for number, piece in enumerate(span):
             if number and piece.loss != span[number - 1].loss:
-                start = _common(ids, self.tokenizer.encode(before))
+                start = _common(ids, self.tokenizer.encode(before, first=first))
             flags[start:] = [piece.loss] * (len(ids) - start)
             before += piece.text
         tokens += ids
