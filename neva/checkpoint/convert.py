@@ -10,11 +10,14 @@ from neva.checkpoint import hf as folders
 from neva.checkpoint.hf import Options, Plan, Source
 from neva.checkpoint.manifest import CheckpointError
 from neva.checkpoint.nemo import is_nemo, read_nemo
+from neva.checkpoint.prompts import compare_texts
 from neva.data.templates import find_template
 from neva.data.tokenizer import Tokenizer, load_tokenizer
 
 VICUNA = ("llava", "llava-original")
 """Formats whose chat format is LLaVA's `v1` where nobody says otherwise."""
+NEMO = ("nemo", "nemo-neva")
+"""Formats that transformers does not read."""
 MOST_PADDING = 2048
 """Most rows that an embedding may have beyond the tokenizer: it is padded to round sizes, and has places for tokens added later."""
 
@@ -41,6 +44,8 @@ def import_model(sources: Sequence[Path], out: Path, options: Options, *, check:
         differences = gate.compare(chosen.sources, chosen.model, chosen.vision, read_back, cast=chosen.cast)
         say(parity.show(differences) if differences else "NOT COMPARED: transformers has no model of this format to compare with")
         parity.check(differences, str(out))
+        if tokenizer is not None and (source := _text_source(chosen)).format not in NEMO:
+            say(compare_texts(source.folder, tokenizer))
         described["source"]["parity"] = {d.part: d.largest for d in differences}
     else:
         say("NOT COMPARED with transformers (--no-parity): nothing shows that this checkpoint computes what its source does")
@@ -58,7 +63,7 @@ def _open(path: Path, scratch: Path) -> Source:
 def _tokenizer(chosen: Plan, say: Callable[[str], None]) -> Tokenizer | None:
     if chosen.model is None:
         return None
-    source = next(source for source in chosen.sources if source.kind != "vision")
+    source = _text_source(chosen)
     try:
         tokenizer = load_tokenizer(source.folder)
     except ValueError as error:
@@ -72,8 +77,13 @@ def _tokenizer(chosen: Plan, say: Callable[[str], None]) -> Tokenizer | None:
     return tokenizer
 
 
+def _text_source(chosen: Plan) -> Source:
+    """The folder whose tokenizer is taken."""
+    return next(source for source in chosen.sources if source.kind != "vision")
+
+
 def _template(chosen: Plan, options: Options, tokenizer: Tokenizer | None) -> str:
-    """The one asked for, else LLaVA's for a LLaVA, else the tokenizer's own (empty), else plain text."""
+    """The one asked for, else LLaVA's for a LLaVA, else the tokenizer's own (empty), else for a model of text none at all."""
     if options.template:
         find_template(options.template, tokenizer)
         return options.template
@@ -81,4 +91,4 @@ def _template(chosen: Plan, options: Options, tokenizer: Tokenizer | None) -> st
         return given
     if any(source.format in VICUNA for source in chosen.sources):
         return "v1"
-    return "" if tokenizer is not None and tokenizer.chat_template else "v1" if chosen.vision is not None else "plain"
+    return "" if tokenizer is not None and tokenizer.chat_template else "v1" if chosen.vision is not None else "text"

@@ -18,12 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from neva import config as tree
+from neva.batch import ImageLayout
 from neva.checkpoint import gate, index, parity, store
 from neva.checkpoint import hf as folders
 from neva.checkpoint.manifest import sync
 from neva.checkpoint.peers import on_disk
+from neva.checkpoint.prompts import compare_prompts
 from neva.checkpoint.shards import open_shards, read_json
 from neva.checkpoint.tokens import Tokens, prepare_tokens
+from neva.data.encode import Encoder
+from neva.data.sample import MARKER
 from neva.data.tokenizer import load_tokenizer
 from neva.models import hf, hf_config
 from neva.models.vit import VisionConfig
@@ -87,6 +91,8 @@ class Target:
     """What transformers must compute with it: the whole model, or its decoder alone."""
     vision: VisionConfig | None = None
     """The encoder in it."""
+    encoder: Encoder | None = None
+    """What makes its prompts; None where it has no tokenizer."""
 
     def spelled(self, name: str) -> str:
         """The name to write for a default spelling."""
@@ -122,6 +128,8 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, check: bool =
         )
         say(parity.show(differences))
         parity.check(differences, str(out))
+        if target.encoder is not None:
+            say(compare_prompts(temporary, target.encoder, target.vision))
     elif check:
         say("A projector alone is no model of transformers: there is nothing to compare it with")
     else:
@@ -184,9 +192,10 @@ def _decoder(folder: Path, described: Mapping[str, Any], model: VLMConfig, names
     own = tuple(name for name in names if name.startswith(("decoder.", "head.")))
     alone = origin.is_a("decoder")
     extra = {name: tensor for name, tensor in origin.unused.items() if alone and name == "lm_head.weight"}
+    tokens, encoder = _text(folder, described, model, origin, images=False)
     return Target(
         kind="decoder", config=written, table=hf_config.DECODERS[written["model_type"]].table, names=own, extra=extra,
-        odd_names=origin.odd_names if alone and options.keys == "source" else {}, files=_text(folder, described, model, origin, images=False).files,
+        odd_names=origin.odd_names if alone and options.keys == "source" else {}, files=tokens.files, encoder=encoder,
         model=replace(model, vision=None, projector="none", pixel_shuffle="none", use_im_start_end=False),
     )  # fmt: skip
 
@@ -246,7 +255,7 @@ def _llava(folder: Path, described: Mapping[str, Any], model: VLMConfig, names: 
     source = origin.config if origin.config and origin.config.get("text_config") else None  # else the original repository's layout
     assert model.vision is not None
     vision, extra = complete(model.vision, seen)
-    tokens = _text(folder, described, model, origin, images=True)
+    tokens, encoder = _text(folder, described, model, origin, images=True)
     vocab = model.decoder.vocab if tokens.size <= model.decoder.vocab else -(-tokens.size // 64) * 64
     matrices = ("decoder.embed.weight",) if model.decoder.tied else ("decoder.embed.weight", "head.weight")
     grow: dict[str, int] = {name: vocab for name in matrices if vocab > model.decoder.vocab}
@@ -261,20 +270,20 @@ def _llava(folder: Path, described: Mapping[str, Any], model: VLMConfig, names: 
         kind="vlm", config=written, table=table, names=names, grow=grow, model=whole, vision=vision,
         extra={("language_model." if name == "lm_head.weight" else "vision_tower.") + name: tensor for name, tensor in extra.items()},
         odd_names=origin.odd_names if source and options.keys == "source" else {},
-        files={**_processor_files(model.vision, model.image, origin if source else Origin(), vlm=True), **tokens.files},
+        files={**_processor_files(model.vision, model.image, origin if source else Origin(), vlm=True), **tokens.files}, encoder=encoder,
     )  # fmt: skip
 
 
-def _text(folder: Path, described: Mapping[str, Any], model: VLMConfig, origin: Origin, *, images: bool) -> Tokens:
-    """Tokenizer, chat template and generation settings. A decoder alone may go without; ValueError for a VLM without a tokenizer."""
+def _text(folder: Path, described: Mapping[str, Any], model: VLMConfig, origin: Origin, *, images: bool) -> tuple[Tokens, Encoder | None]:
+    """Tokenizer, chat template and generation settings, and what makes prompts here. A decoder alone may go without; ValueError for a VLM."""
     where = store.tokenizer_folder(folder)
     if not where.is_dir():
         if not images:
-            return Tokens(files={}, image_token=-1, pad_token=None, size=0)
+            return Tokens(files={}, image_token=-1, pad_token=None, size=0), None
         raise ValueError(f"{folder} holds no tokenizer, which a LLaVA of transformers needs for <image>: import it with one beside its weights")
-    return prepare_tokens(
-        load_tokenizer(where), described["template"], described["system"], origin=origin.folder, images=images, length=model.decoder.reach
-    )  # fmt: skip
+    layout = model.layout if images else ImageLayout(tile=1, tokens_per_tile=1, images=False)
+    encoder = Encoder(tokenizer=load_tokenizer(where), template=described["template"], system=described["system"], layout=layout)
+    return prepare_tokens(encoder, origin=origin.folder, length=model.decoder.reach), encoder
 
 
 def _processor_files(vision: VisionConfig, image: ImageConfig, origin: Origin, *, vlm: bool) -> dict[str, bytes]:
@@ -284,16 +293,23 @@ def _processor_files(vision: VisionConfig, image: ImageConfig, origin: Origin, *
         found, pixels = folders.image_settings(origin.folder)
         same = found is not None and (not vlm or replace(image, prefix="", suffix="") == found)
         if same and all(getattr(vision, name) == value for name, value in pixels.items()):
-            return {name: (origin.folder / name).read_bytes() for name in names if (origin.folder / name).is_file()}
+            kept = {name: (origin.folder / name).read_bytes() for name in names if (origin.folder / name).is_file()}
+            said = json.loads(kept.get("processor_config.json", b"{}"))
+            if not vlm or all(said.get(name) == value for name, value in _feature_count(vision).items()):
+                return kept
+            whole = {"image_token": MARKER, **said, "processor_class": "LlavaProcessor", **_feature_count(vision)}
+            return {**kept, "processor_config.json": json.dumps(whole, indent=2).encode() + b"\n"}
     written = {"preprocessor_config.json": hf_config.processor_json(image, vision)}
     if vlm:
-        strategy = "default" if vision.class_token and vision.feature == "patch" else "full"
         written["preprocessor_config.json"]["processor_class"] = "LlavaProcessor"
-        written["processor_config.json"] = {
-            "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": vision.patch,
-            "num_additional_image_tokens": int(vision.class_token), "vision_feature_select_strategy": strategy,
-        }  # fmt: skip
+        written["processor_config.json"] = {"processor_class": "LlavaProcessor", "image_token": MARKER, **_feature_count(vision)}
     return {name: json.dumps(value, indent=2).encode() + b"\n" for name, value in written.items()}
+
+
+def _feature_count(vision: VisionConfig) -> dict[str, Any]:
+    """What transformers' LLaVA processor counts an image's features by."""
+    strategy = "default" if vision.class_token and vision.feature == "patch" else "full"
+    return {"patch_size": vision.patch, "num_additional_image_tokens": int(vision.class_token), "vision_feature_select_strategy": strategy}
 
 
 # Writing.

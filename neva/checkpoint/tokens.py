@@ -7,7 +7,9 @@ from typing import Any
 
 import tokenizers
 
+from neva.data.encode import Encoder
 from neva.data.sample import MARKER
+from neva.data.template import starts
 from neva.data.templates import find_template
 from neva.data.tokenizer import JsonTokenizer, Tokenizer
 from neva.data.vocabularies import from_sentencepiece
@@ -30,17 +32,18 @@ class Tokens:
     """One more than the largest id."""
 
 
-def prepare_tokens(tokenizer: Tokenizer, template: str, system: str | None, *, origin: Path | None, images: bool, length: int) -> Tokens:
-    """Tokenizer files in which `<image>` is a token if the model sees `images`; those of the source in `origin` where it has them.
+def prepare_tokens(encoder: Encoder, *, origin: Path | None, length: int) -> Tokens:
+    """Tokenizer files in which `<image>` is a token if the model sees images; those of the source in `origin` where it has them.
 
     ValueError for a tokenizer that transformers has no form for.
     """
+    tokenizer, images = encoder.tokenizer, encoder.layout.images
     own = tokenizer.files.get("tokenizer.json")
     # The source's while it is the tokenizer that was trained with: that may have been another.
     if origin is not None and own is not None and (origin / "tokenizer.json").is_file() and (origin / "tokenizer.json").read_bytes() == own:
         files = {name: (origin / name).read_bytes() for name in TEXT_FILES if (origin / name).is_file()}
     elif isinstance(tokenizer, JsonTokenizer):
-        files = {name: content for name, content in tokenizer.files.items() if name in TEXT_FILES}
+        files = {name: content for name, content in tokenizer.files.items() if name in TEXT_FILES and name != "added_tokens.json"}
     else:
         files = from_sentencepiece(tokenizer.files["tokenizer.model"])
     model = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
@@ -48,44 +51,77 @@ def prepare_tokens(tokenizer: Tokenizer, template: str, system: str | None, *, o
     config = {"model_max_length": length, **config} | ({"processor_class": "LlavaProcessor"} if images else {})
     names = {"bos_token": tokenizer.start, "eos_token": tokenizer.eos}
     config |= {role: model.id_to_token(id) for role, id in names.items() if id is not None and not config.get(role)}
-    new = []
+    before = model.to_str()
     if images and model.token_to_id(MARKER) is None:
-        new.append(MARKER)
-        if not config.get("pad_token"):
-            new += [PAD] if model.token_to_id(PAD) is None else []
-            config["pad_token"] = PAD
-    if new:
-        taken = set(model.get_vocab(with_added_tokens=True).values())
-        model.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in new])
-        if any(model.token_to_id(name) in taken for name in new):
-            raise ValueError(f"the tokenizer's ids have gaps, so {', '.join(new)} cannot be added; add them to it and train with that tokenizer")
-        files["tokenizer.json"] = model.to_str(pretty=True).encode()
-    elif "tokenizer.json" not in files:
+        _add(model, [MARKER, *([PAD] if not config.get("pad_token") and model.token_to_id(PAD) is None else [])])
+        config["pad_token"] = config.get("pad_token") or PAD
+    _start(model, tokenizer)
+    if model.to_str() != before:
         files["tokenizer.json"] = model.to_str(pretty=True).encode()
     pad = config.get("pad_token")
     pad_id = model.token_to_id(pad["content"] if isinstance(pad, dict) else pad) if pad else None
     size = max(model.get_vocab(with_added_tokens=True).values()) + 1
-    files |= _chat(tokenizer, template, system, config)
+    files |= _chat(encoder, config)
     files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
-    files |= _generation(tokenizer, template, model, pad_id, origin)
+    files |= _generation(encoder, pad_id, origin)
     image = model.token_to_id(MARKER) if images else None
     return Tokens(files=files, image_token=-1 if image is None else image, pad_token=pad_id, size=size)
 
 
-def _chat(tokenizer: Tokenizer, template: str, system: str | None, config: dict[str, Any]) -> dict[str, bytes]:
-    """The chat template that gives the prompts of `neva generate`; the tokenizer's own stays as it is."""
-    if not template:
-        return {"chat_template.jinja": tokenizer.chat_template.encode()}
+def _add(model: tokenizers.Tokenizer, names: list[str]) -> None:
+    """Add special tokens behind all others."""
+    taken = set(model.get_vocab(with_added_tokens=True).values())
+    model.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in names])
+    if any(model.token_to_id(name) in taken for name in names):
+        raise ValueError(f"the tokenizer's ids have gaps, so {', '.join(names)} cannot be added; add them to it and train with that tokenizer")
+
+
+def _start(model: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
+    """Let the file itself put the start token before a text, where we do and it does not."""
+    if tokenizer.bos is not None and model.encode("a").ids[:1] != [tokenizer.bos]:
+        name = model.id_to_token(tokenizer.bos)
+        model.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{name} $A", pair=f"{name} $A {name} $B:1", special_tokens=[(name, tokenizer.bos)]
+        )  # fmt: skip
+
+
+def _chat(encoder: Encoder, config: dict[str, Any]) -> dict[str, bytes]:
+    """The chat template that gives the prompts of `neva generate`."""
+    tokenizer, images = encoder.tokenizer, encoder.layout.images
+    chosen = find_template(encoder.template, tokenizer)
+    message = chosen.system if encoder.system is None else encoder.system
     config.pop("chat_template", None)
-    chosen = find_template(template, tokenizer)
-    message = chosen.system if system is None else system
-    return {"chat_template.jinja": (_flattened(message, caption=chosen.caption) + chosen.jinja.strip("\n")).encode()}
+    if not encoder.template and not images and not message:
+        return {"chat_template.jinja": tokenizer.chat_template.encode()}
+    text = chosen.jinja.strip("\n")
+    # A processor puts the start token before every text. A tokenizer does not, where its template is asked.
+    if images and tokenizer.bos is not None and starts(chosen):
+        text = "{%- set whole %}\n" + text + "{%- endset %}\n{{- whole[bos_token | length:] }}"
+    elif not images and tokenizer.bos is not None and encoder.template and not starts(chosen):
+        text = "{{- bos_token }}" + text
+    around = encoder.layout.image_prefix, encoder.layout.image_suffix
+    return {"chat_template.jinja": (_flattened(message, around, caption=chosen.caption) + text).encode()}
 
 
-def _flattened(system: str, *, caption: bool) -> str:
+_CHAT = (
+    "{%- for item in message.content %}",
+    "{%- if item.type == 'text' %}{% set part.text = part.text + item.text %}",
+    "{%- elif part.images > 1 %}{% set part.text = part.text + IMAGE + '\\n' %}{% endif %}",
+    "{%- endfor %}",
+    "{%- if part.images == 1 %}{% set part.text = (IMAGE + '\\n' + part.text.strip()).strip() %}{% endif %}",
+)
+_CAPTION = (
+    "{%- if message.role == 'user' %}{% set part.text = IMAGE * part.images %}",
+    "{%- else %}{% for item in message.content if item.type == 'text' %}{% set part.text = part.text + item.text %}{% endfor %}{% endif %}",
+)
+"""The content of a turn as one text. A caption's question is its images alone."""
+
+
+def _flattened(system: str, around: tuple[str, str], *, caption: bool) -> str:
     """Jinja that makes of transformers' messages, whose content may be a list of texts and images, what our templates take.
 
-    The images of a user's turn come first, then a line break, as in LLaVA; several stay where they stand.
+    The image of a user's turn comes first, then a line break, as in LLaVA; several stay where they stand, a line break behind each,
+    as `neva generate` puts them.
     """
     lines = [
         "{%- set flat = namespace(messages=[]) %}",
@@ -94,11 +130,7 @@ def _flattened(system: str, *, caption: bool) -> str:
         "{%- if message.content is string %}{% set part.text = message.content %}",
         "{%- else %}",
         "{%- for item in message.content if item.type == 'image' %}{% set part.images = part.images + 1 %}{% endfor %}",
-        "{%- for item in message.content %}",
-        "{%- if item.type == 'text' %}{% set part.text = part.text + item.text %}",
-        "{%- elif part.images > 1 CAPTION%}{% set part.text = part.text + '<image>' %}{% endif %}",
-        "{%- endfor %}",
-        "{%- if part.images == 1 CHAT%}{% set part.text = ('<image>\\n' + part.text.strip()).strip() %}{% endif %}",
+        *(_CAPTION if caption else _CHAT),
         "{%- endif %}",
         "{%- set flat.messages = flat.messages + [{'role': message.role, 'content': part.text}] %}",
         "{%- endfor %}",
@@ -107,19 +139,21 @@ def _flattened(system: str, *, caption: bool) -> str:
     if system:
         first = f"[{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}]"
         lines.append(f"{{%- if messages[0].role != 'system' %}}{{% set messages = {first} + messages %}}{{% endif %}}")
-    text = "\n".join(lines)
-    return text.replace("CAPTION", "or true " if caption else "").replace("CHAT", "and false " if caption else "")
+    return "\n".join(lines).replace("IMAGE", repr(f"{around[0]}{MARKER}{around[1]}"))
 
 
-def _generation(tokenizer: Tokenizer, template: str, model: tokenizers.Tokenizer, pad: int | None, origin: Path | None) -> dict[str, bytes]:
-    """generation_config.json: the source's, or one that stops where `neva generate` stops, as far as a stop is a token."""
-    if origin is not None and (origin / "generation_config.json").is_file():
-        return {"generation_config.json": (origin / "generation_config.json").read_bytes()}
-    stops = [tokenizer.eos, *(id for stop in find_template(template, tokenizer).stops if (id := model.token_to_id(stop)) is not None)]
-    ends = list(dict.fromkeys(stops))
-    written: dict[str, Any] = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
-    if tokenizer.start is not None:
-        written["bos_token_id"] = tokenizer.start
+def _generation(encoder: Encoder, pad: int | None, origin: Path | None) -> dict[str, bytes]:
+    """generation_config.json: the source's if there is one, and that it stops where `neva generate` stops, as far as a stop is a token."""
+    file = origin / "generation_config.json" if origin is not None else None
+    written: dict[str, Any] = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+    given = written.get("eos_token_id")
+    known = given if isinstance(given, list) else [] if given is None else [given]
+    ends = list(dict.fromkeys([*known, encoder.tokenizer.eos, *sorted(encoder.stop_ids)]))
+    if file is not None and written and ends == known:
+        return {"generation_config.json": file.read_bytes()}
+    written["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if encoder.tokenizer.start is not None:
+        written.setdefault("bos_token_id", encoder.tokenizer.start)
     if pad is not None:
-        written["pad_token_id"] = pad
+        written.setdefault("pad_token_id", pad)
     return {"generation_config.json": json.dumps(written, indent=2).encode() + b"\n"}

@@ -14,7 +14,7 @@ import torch
 from neva.batch import IGNORE, IMAGE, IMAGE_END, IMAGE_START, NEWLINE, ImageLayout
 from neva.data.image import image_size, open_image, to_tiles
 from neva.data.sample import MARKER, Encoded, Sample, SampleError
-from neva.data.template import Piece, check, render
+from neva.data.template import Piece, check, ending, render
 from neva.data.templates import find_template
 from neva.data.tiling import FEWER, Tiling, anyres_slots, tags, tiling
 from neva.data.tokenizer import Tokenizer
@@ -53,6 +53,8 @@ class Draft:
     tokens: list[int] = field(default_factory=list)
     marks: list[bool] = field(default_factory=list)
     images: list[Placed] = field(default_factory=list)
+    begin: int = 0
+    """Where the text begins, behind a start token that the template did not write."""
 
     def add(self, ids: Sequence[int], *, loss: bool = False) -> None:
         """Append tokens."""
@@ -99,7 +101,15 @@ class Encoder:
     @property
     def stops(self) -> tuple[str, ...]:
         """Texts at which a generation stops, besides the tokenizer's end token."""
-        return find_template(self.template, self.tokenizer).stops
+        template = find_template(self.template, self.tokenizer)
+        own = ending(template)
+        return template.stops or ((own,) if own else ())
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids at which a generation stops: the tokenizer's end token, and stop texts that are one token (special ones decode to nothing)."""
+        spelled = [self.tokenizer.encode(text, first=False) for text in self.stops]
+        return frozenset([self.tokenizer.eos, *(ids[0] for ids in spelled if len(ids) == 1)])
 
     def encode(self, sample: Sample, *, labels: bool = True, length: int | None = None, max_tiles: int = 0) -> Encoded:
         """The sample's tokens, unshifted labels and tiles; labels=False gives the prompt to generate its last answer from.
@@ -151,10 +161,15 @@ class Encoder:
             raise ValueError(f"its turns hold {markers} {MARKER} but it has {len(sample.images)} image(s): add or remove {MARKER}, or the image")
         if sample.images and not self.layout.images:
             raise ValueError("the model has no vision encoder: leave the image out, or use a model with one")
-        pieces = render(find_template(self.template, self.tokenizer), sample.turns, system=self.system, answer=answer)
-        if self.tokenizer.bos is not None and pieces[0].what != "start":
-            pieces = (Piece(what="start"), *pieces)
+        template = find_template(self.template, self.tokenizer)
+        if template.caption and not answer and not sample.images:
+            raise ValueError(f"the template {self.template!r} asks with an image alone and this question has none: add one, or train with another")
+        pieces = render(template, sample.turns, system=self.system, answer=answer)
         draft, span = Draft(), []
+        # The tokenizer's own template says itself how a text begins, but with images transformers' processors add the start token.
+        if self.tokenizer.bos is not None and (self.template or self.layout.images) and not (pieces and pieces[0].what == "start"):
+            draft.add([self.tokenizer.bos])
+        draft.begin = len(draft.tokens)
         for piece in pieces:
             if piece.what == "text":
                 span.append(piece)
@@ -261,11 +276,12 @@ class Encoder:
         A piece starts at the first id in which the whole differs from the text before that piece tokenised alone: this is the
         prompt that a server would send, and it holds for any tokenizer, also where an id spans the border.
         """
-        ids = self.tokenizer.encode("".join(piece.text for piece in span))
+        first = len(draft.tokens) == draft.begin
+        ids = self.tokenizer.encode("".join(piece.text for piece in span), first=first)
         flags, start, before = [False] * len(ids), 0, ""
         for number, piece in enumerate(span):
             if number and piece.loss != span[number - 1].loss:
-                start = _common(ids, self.tokenizer.encode(before))
+                start = _common(ids, self.tokenizer.encode(before, first=first))
             flags[start:] = [piece.loss] * (len(ids) - start)
             before += piece.text
         draft.tokens += ids

@@ -94,6 +94,20 @@ def check(template: Template) -> None:
         raise ValueError(_NO_PREFIX)
 
 
+def ending(template: Template) -> str:
+    """The text that the template ends an answer with, without line breaks; empty if that is the tokenizer's end token."""
+    turns = (Turn(role="user", text="Aa?"), Turn(role="assistant", text="Bb."))
+    learnt = _spelled([piece for piece in render(template, turns) if piece.loss])
+    tail = learnt[learnt.rfind("Bb.") + len("Bb.") :]
+    return "" if END_SIGN in tail else tail.strip()
+
+
+def starts(template: Template) -> bool:
+    """Does the template write the tokenizer's start token itself?"""
+    turns = (Turn(role="user", text="Aa?"), Turn(role="assistant", text="Bb."))
+    return render(template, turns)[0].what == "start"
+
+
 _NO_PREFIX = (
     "the chat template writes a conversation otherwise once it is answered, so what carries loss cannot be told: "
     "mark the answers in it with {% generation %} and {% endgeneration %}, or choose a template with data.template"

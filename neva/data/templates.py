@@ -32,6 +32,13 @@ _PLAIN = """
 {%- endif %}
 {%- endfor %}"""
 
+_TEXT = """
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}
+{%- else %}{{ message.content }}
+{%- endif %}
+{%- endfor %}"""
+
 _V0 = """
 {%- for message in messages %}
 {%- if message.role == 'system' %}{{ message.content + '\\n\\n' }}
@@ -125,8 +132,10 @@ TEMPLATES: dict[str, Template] = {
     "nv_steerlm": Template(jinja=_NVGPT.replace("LABELS", f"'<extra_id_2>{_STEERLM}\\n'"), system=_VICUNA + "\n\n", stops=("<extra_id_1>",)),
     "nv_dpo": Template(jinja=_NVGPT.replace("LABELS", "''"), stops=("<extra_id_1>",)),
     "gemma": Template(jinja=_GEMMA, stops=("<end_of_turn>",)),
+    "text": Template(jinja=_TEXT),
 }
-"""`nvlm-chatml` is Megatron-LM's, `-paper` has the system message of the article's figure 12, `-hf` is the released model's: no line breaks."""
+"""`text` adds nothing to what is said: a base model goes on with the text.
+`nvlm-chatml` is Megatron-LM's, `-paper` has the system message of the article's figure 12, `-hf` is the released model's: no line breaks."""
 
 
 def find_template(name: str, tokenizer: Tokenizer | None = None) -> Template:

@@ -11,14 +11,14 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from neva.data.vocabularies import from_gpt2, from_ranks, is_ranks
+from neva.data.vocabularies import from_gpt2, from_ranks, from_sentencepiece, is_ranks
 
 STARTS = ("<s>", "<|begin_of_text|>", "<bos>")
 """Names of a token that stands before a text, where tokenizer_config.json does not tell."""
 ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>")
 """Names of a token that ends a text, where tokenizer_config.json does not tell."""
-BESIDE = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
-"""What is read beside a tokenizer.json: names of special tokens, and the chat format."""
+BESIDE = ("tokenizer_config.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+"""What is read beside a tokenizer: names of special tokens, tokens that were added later, and the chat format."""
 PAIRS = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
 """GPT-2's two files: the first's name -> the second's."""
 FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", *PAIRS)
@@ -35,8 +35,11 @@ class Tokenizer(ABC):
         return type(self), (self.files,)
 
     @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens spelled in it become their ids, none is added."""
+    def encode(self, text: str, *, first: bool = True) -> list[int]:
+        """Token ids of a text; special tokens spelled in it become their ids, none is added.
+
+        `first` is false for a text that goes on behind a special token or an image: some tokenizers then put no space before it.
+        """
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -107,23 +110,30 @@ class SentencePieceTokenizer(Tokenizer):
     def _split(self) -> re.Pattern[str]:
         return re.compile("(" + "|".join(re.escape(piece) for piece in self._special) + ")")
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, first: bool = True) -> list[int]:
         ids: list[int] = []
         for part in self._split.split(text):
             ids += [self._special[part]] if part in self._special else self._model.encode(part)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        special = set(self._special.values())
-        return self._model.decode([int(id) for id in ids if id >= 0 and id not in special])
+        special = set(self._special.values())  # an embedding padded to a round size knows ids that the model does not
+        return self._model.decode([int(id) for id in ids if 0 <= id < self.size and id not in special])
 
     @property
     def bos(self) -> int | None:
-        return self._model.bos_id() if self._model.bos_id() >= 0 else None
+        return self.start if self._config.get("add_bos_token", True) else None
 
     @property
+    def start(self) -> int | None:
+        return self._model.bos_id() if self._model.bos_id() >= 0 else None
+
+    @cached_property
     def eos(self) -> int:
-        return self._model.eos_id()
+        token = self._config.get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        id = self._model.piece_to_id(token) if token else self._model.unk_id()
+        return self._model.eos_id() if id == self._model.unk_id() else id
 
     @property
     def pad(self) -> int:
@@ -154,8 +164,16 @@ class JsonTokenizer(Tokenizer):
             return None
         return next((id for name in names if (id := self._model.token_to_id(name)) is not None), None)
 
-    def encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, first: bool = True) -> list[int]:
+        if first or not text or not self._spaced:
+            return self._model.encode(text, add_special_tokens=False).ids
+        return self._model.encode(self._spaced + text, add_special_tokens=False).ids[1:]
+
+    @cached_property
+    def _spaced(self) -> str:
+        """A special token behind which text is tokenised otherwise than at the start (SentencePiece with legacy=false); empty if it is not."""
+        end = self._model.id_to_token(self.eos) or ""
+        return end if self._model.encode(end + "a", add_special_tokens=False).ids[1:] != self.encode("a") else ""
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(id) for id in ids if id >= 0], skip_special_tokens=True)
@@ -201,7 +219,23 @@ def _read(file: Path) -> dict[str, bytes]:
         files = {"tokenizer.json": content}
     else:
         files = from_ranks(content) if is_ranks(content) else {"tokenizer.model": content}
-    return {**files, **{name: (file.parent / name).read_bytes() for name in BESIDE if (file.parent / name).is_file()}}
+    beside = {name: (file.parent / name).read_bytes() for name in BESIDE if (file.parent / name).is_file()}
+    if "tokenizer.model" in files and (added := _added(beside)) is not None:
+        files = from_sentencepiece(content, **added)
+    return {**files, **beside}
+
+
+def _added(beside: dict[str, bytes]) -> dict[str, Any] | None:
+    """What a SentencePiece model's neighbours change about it: tokens added later, and whether text behind one begins with a space.
+
+    None if nothing: then SentencePiece reads the model itself.
+    """
+    config = json.loads(beside.get("tokenizer_config.json", b"{}"))
+    listed = {int(id): token for id, token in config.get("added_tokens_decoder", {}).items()}
+    tokens = {id: (token["content"], bool(token.get("special"))) for id, token in listed.items()}
+    tokens = {id: (text, True) for text, id in json.loads(beside.get("added_tokens.json", b"{}")).items()} | tokens
+    legacy = config.get("legacy") is not False
+    return None if legacy and all(text in ("<unk>", "<s>", "</s>") for text, _ in tokens.values()) else {"added": tokens, "legacy": legacy}
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -5,7 +5,7 @@ The results give the ids of the originals; a test compares them with llama.cpp's
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -53,10 +53,11 @@ def from_gpt2(vocabulary: bytes, merges: bytes) -> dict[str, bytes]:
     return _byte_level(model, ("<|endoftext|>",), "<|endoftext|>", None)
 
 
-def from_sentencepiece(content: bytes) -> dict[str, bytes]:
-    """Files of a tokenizer from a SentencePiece BPE model, as transformers' LlamaTokenizer with legacy=True reads it.
+def from_sentencepiece(content: bytes, *, added: Mapping[int, tuple[str, bool]] | None = None, legacy: bool = True) -> dict[str, bytes]:
+    """Files of a tokenizer from a SentencePiece BPE model, as transformers' LlamaTokenizer reads it.
 
-    ValueError for a model that is not BPE with byte fallback: its segmentation is another.
+    `added` tokens are id -> (text, is it special?); without `legacy` a text behind one of them begins without a space.
+    ValueError for a model that is not BPE with byte fallback, whose segmentation is another, and for added ids with gaps.
     """
     model = sentencepiece.SentencePieceProcessor(model_proto=content)
     size = model.get_piece_size()
@@ -69,10 +70,17 @@ def from_sentencepiece(content: bytes) -> dict[str, bytes]:
         scored += [(-model.get_score(id), vocabulary[a], vocabulary[b], a, b) for a, b in pairs]
     merges = [(a, b) for *_, a, b in sorted(scored)]
     built = Tokenizer(models.BPE(vocabulary, merges, unk_token=model.id_to_piece(model.unk_id()), fuse_unk=True, byte_fallback=True))
-    built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if legacy:
+        built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        built.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     names = {role: model.id_to_piece(id) for role, id in (("unk", model.unk_id()), ("bos", model.bos_id()), ("eos", model.eos_id())) if id >= 0}
     built.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
+    for id, (text, special) in sorted((added or {}).items()):
+        built.add_tokens([AddedToken(text, normalized=False, special=special)])
+        if built.token_to_id(text) != id:
+            raise ValueError(f"the added token {text!r} has id {id}, which leaves a gap behind the model's {size} tokens; use its tokenizer.json")
     return _files(built, names["eos"], names.get("bos"), {"unk_token": names["unk"]})
 
 

@@ -3,6 +3,7 @@
 Shapes: r requests, m slots of a cache row, v vocabulary.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,6 +67,8 @@ class Loaded:
     encoder: Encoder
     device: torch.device
     folder: Path
+    stop_ids: frozenset[int] = frozenset()
+    """Ids that end an answer, besides the encoder's."""
 
 
 def load(path: str | Path, *, device: str | None = None, precision: str = "auto") -> Loaded:
@@ -90,7 +93,17 @@ def load(path: str | Path, *, device: str | None = None, precision: str = "auto"
     lay_out_for_decoding(model)
     tokenizer = load_tokenizer(store.tokenizer_folder(checkpoint.folder))
     encoder = Encoder(tokenizer=tokenizer, template=checkpoint.config["template"], system=checkpoint.config["system"], layout=config.layout)
-    return Loaded(model=model, encoder=encoder, device=where, folder=checkpoint.folder)
+    return Loaded(model=model, encoder=encoder, device=where, folder=checkpoint.folder, stop_ids=_imported_stops(checkpoint.folder))
+
+
+def _imported_stops(folder: Path) -> frozenset[int]:
+    """The end tokens that the generation_config.json of the imported folder lists."""
+    for kind in ("vlm", "decoder"):
+        file = folder / "source" / kind / "generation_config.json"
+        if file.is_file():
+            ids = json.loads(file.read_text()).get("eos_token_id")
+            return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return frozenset()
 
 
 def lay_out_for_decoding(model: VLM) -> None:
@@ -182,6 +195,7 @@ class _Request:
     def __init__(self, loaded: Loaded, sampling: Sampling, number: int, room: int):
         self.tokenizer, self.sampling = loaded.encoder.tokenizer, sampling
         self.stops = (*sampling.stop, *loaded.encoder.stops)
+        self.ends = loaded.encoder.stop_ids | loaded.stop_ids
         self.room = min(room, sampling.max_new_tokens)
         self.generator = torch.Generator().manual_seed(sampling.seed + number)
         self.tokens: list[int] = []
@@ -193,7 +207,7 @@ class _Request:
         if self.finish:
             return self.tokens[-1] if self.tokens else self.tokenizer.eos
         token = scores if isinstance(scores, int) else draw(scores, self.sampling, self.generator)
-        if token == self.tokenizer.eos:
+        if token in self.ends:
             self.finish = "stop"
             self.text = self.tokenizer.decode(self.tokens)
             return token

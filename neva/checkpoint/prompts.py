@@ -1,0 +1,120 @@
+"""The gate's other half: a folder's tokenizer and processors, asked through transformers, give the ids and pixels of `neva generate`."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from neva.batch import IMAGE
+from neva.checkpoint.manifest import CheckpointError
+from neva.data.encode import Encoder
+from neva.data.image import to_tiles
+from neva.data.sample import MARKER, Sample, Turn
+from neva.data.templates import find_template
+from neva.data.tokenizer import Tokenizer
+from neva.models.vit import VisionConfig, normalise
+
+TEXTS = ("What is this?", "Two  spaces,\ttabs\nand breaks: naïve café 日本 🙂 1234567", "It's 3.14, isn't it? [INST] {x} <b>")
+"""None begins with a space: versions of transformers differ on those of a SentencePiece model."""
+TALKS: dict[str, tuple[tuple[int, str, str], ...]] = {
+    "a question": ((0, "user", TEXTS[1]),),
+    "three turns": ((0, "user", TEXTS[0]), (0, "assistant", "A cat."), (0, "user", TEXTS[2])),
+    "a system message": ((0, "system", "Be brief."), (0, "user", TEXTS[0])),
+    "an image": ((1, "user", TEXTS[0]),),
+    "an image and three turns": ((1, "user", TEXTS[0]), (0, "assistant", "A cat."), (0, "user", TEXTS[2])),
+    "two images": ((2, "user", TEXTS[0]),),
+}
+"""Name of a conversation -> (images, role, text) of each turn."""
+PIXELS = 1e-5
+"""Largest difference of normalised pixels: both round differently."""
+
+REBUILT = "its class there does not follow tokenizer.json, which is what counts here"
+"""Why a tokenizer.json gives other ids in transformers 5: some model types build their own from its vocabulary."""
+
+
+def compare_prompts(folder: Path, encoder: Encoder, vision: VisionConfig | None) -> str:
+    """A line on how many prompts have equal ids, and how far pixels are apart. CheckpointError for the first prompt that is another there."""
+    import transformers
+
+    images = encoder.layout.images
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs: Any = (transformers.AutoProcessor if images else transformers.AutoTokenizer).from_pretrained(folder)
+        if not images and theirs(TEXTS[1]).input_ids != (plain := transformers.PreTrainedTokenizerFast.from_pretrained(folder))(TEXTS[1]).input_ids:
+            theirs = plain  # see REBUILT
+    equal, apart, caption = 0, 0.0, find_template(encoder.template, encoder.tokenizer).caption
+    for name, talk in TALKS.items():
+        pictures = tuple(_picture(number) for number in range(sum(count for count, _, _ in talk)))
+        if (pictures and not images) or (caption and len(talk) > 1):
+            continue
+        turns = tuple(Turn(role=role, text=f"{MARKER}\n" * count + text) for count, role, text in talk)  # type: ignore[arg-type]
+        sample = Sample(source="prompt", id=name, turns=turns, images=pictures)
+        try:
+            mine = encoder.encode(sample, labels=False)
+        except ValueError:  # the template takes no such conversation
+            continue
+        given = _theirs(theirs, talk, pictures, images)
+        wanted = theirs.image_token_id if images else -1
+        ids = torch.where(mine.tokens == IMAGE, wanted, mine.tokens).tolist()
+        if given["input_ids"] != ids:
+            raise CheckpointError(_otherwise(name, ids, given["input_ids"], folder))
+        if pictures and vision is not None:
+            tiles = torch.cat([to_tiles(picture, encoder.layout) for picture in pictures])
+            apart = max(apart, float((normalise(tiles, vision.mean, vision.std) - given["pixel_values"]).abs().max()))
+        equal += 1
+    if apart > PIXELS:
+        raise CheckpointError(f"{folder}: transformers' image processor gives pixels that differ by {apart:.2e} from those that the model is fed.")
+    return f"Prompts: {equal} of {equal} have transformers' token ids" + (f"; largest difference of pixels {apart:.1e}" if images else "")
+
+
+def compare_texts(folder: Path, tokenizer: Tokenizer) -> str:
+    """A line for an import: our tokenizer gives transformers' ids. CheckpointError for a text that it splits otherwise."""
+    import transformers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # code beside the weights, or a library that is not installed
+            return f"Tokenizer: NOT COMPARED, transformers cannot read it ({str(error).splitlines()[0][:100]})"
+    for text in TEXTS:
+        mine, ids = tokenizer.encode(text), theirs(text, add_special_tokens=False).input_ids
+        if mine != ids and (folder / "tokenizer.json").is_file():
+            return f"warning: {_otherwise(repr(text), mine, ids, folder, advice=REBUILT)}"
+        if mine != ids:
+            raise CheckpointError(_otherwise(repr(text), mine, ids, folder))
+    return f"Tokenizer: {len(TEXTS)} of {len(TEXTS)} texts have transformers' token ids"
+
+
+def _theirs(theirs: Any, talk: tuple[tuple[int, str, str], ...], pictures: tuple[Image.Image, ...], images: bool) -> dict[str, Any]:
+    """What transformers makes of a conversation: ids, and pixels if there are pictures."""
+    left = list(pictures)
+    messages = []
+    for count, role, text in talk:
+        shown: list[dict[str, Any]] = [{"type": "image", "image": left.pop(0)} for _ in range(count)]
+        messages.append({"role": role, "content": [*shown, {"type": "text", "text": text}] if images else text})
+    made = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    ids = made["input_ids"]
+    ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    found: dict[str, Any] = {"input_ids": ids[0] if ids and isinstance(ids[0], list) else ids}
+    if pictures:
+        pixels = made["pixel_values"]
+        pixels = pixels if isinstance(pixels, list) else [pixels]
+        found["pixel_values"] = torch.cat([torch.as_tensor(part).reshape(-1, *torch.as_tensor(part).shape[-3:]) for part in pixels])
+    return found
+
+
+def _picture(number: int) -> Image.Image:
+    """A picture that is no square, so that padding and cropping show."""
+    generator = torch.Generator().manual_seed(number)
+    pixels = torch.randint(0, 256, (30 + 7 * number, 45, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def _otherwise(name: str, mine: list[int], theirs: list[int], folder: Path, *, advice: str = "--no-parity publishes it all the same") -> str:
+    at = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
+    shown = f"ours has {json.dumps(mine[max(0, at - 2) : at + 6])}, transformers {json.dumps(theirs[max(0, at - 2) : at + 6])}"
+    return f"{folder}: its tokenizer gives other ids in transformers for {name}, from token {at} on: {shown} ({advice})."
