@@ -4,6 +4,7 @@ Shapes: b rows, s `seq_length`, n tiles, m inline tiles, k memory tiles, p token
 l labelled tokens (padded), d documents, r runs, y memory tokens (keys that cross-attention reads).
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -81,7 +82,22 @@ class ImageLayout:
     resize: Literal["exact", "fast"] = "exact"
     """Pillow's own resize, or torch's, which is several times as fast and within 2 levels of 255 of it."""
     process: str = ""
-    """`module:name` of a function (Pillow image, ImageLayout) -> uint8 tiles [n, 3, tile, tile], in place of `aspect`."""
+    """`module:name` of a function (Pillow image, ImageLayout) -> uint8 tiles [1, 3, tile, tile], in place of `aspect`."""
+
+    @property
+    def most_tiles(self) -> int:
+        """Most tiles that one image makes, the thumbnail counted."""
+        grid = max((high * wide // self.tile**2 for high, wide in self.pinpoints), default=self.max_tiles)
+        return grid + (self.aspect == "anyres" or (grid > 1 and self.thumbnail != "none"))
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Most token positions that one image takes, learned vectors included; prefix, suffix and tags not."""
+        if self.aspect == "anyres":
+            side = math.isqrt(self.tokens_per_tile)
+            return self.tokens_per_tile + max(high * side // self.tile * (wide * side // self.tile + 1) for high, wide in self.pinpoints)
+        inline = {"all": self.most_tiles, "thumbnail": 1, "none": 0}[self.inline]
+        return inline * self.tokens_per_tile + (2 if self.start_end else 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -223,8 +223,10 @@ class _Keys:
     def of(samples: Sequence[Encoded], layout: ImageLayout) -> "_Keys":
         held = [0, *accumulate(len(encoded.memory) for encoded in samples)]
         longest = max((encoded.memory_tags.shape[1] for encoded in samples), default=0)
-        padded = [F.pad(encoded.memory_tags.view(len(encoded.memory), -1), (0, longest), value=-1)[:, :longest] for encoded in samples]
-        tags = torch.cat([torch.zeros(0, longest, dtype=torch.int64), *(one for one in padded if len(one))])
+        tags = torch.cat([
+            torch.zeros(0, longest, dtype=torch.int64),
+            *(F.pad(e.memory_tags, (0, longest - e.memory_tags.shape[1]), value=-1) for e in samples if len(e.memory)),
+        ])  # fmt: skip
         beside = tags if layout.tag_binding != "added" else tags[:, :0]
         real = torch.cat((beside >= 0, torch.ones(len(tags), layout.tokens_per_tile, dtype=torch.bool)), dim=1)
         bounds = F.pad(real.sum(1).cumsum(0), (1, 0))

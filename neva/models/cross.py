@@ -39,14 +39,12 @@ class CrossConfig:
 class RunAttention(nn.Module):
     """Each run of tokens attends to its own range of keys, all of them; a token without a range gets exactly 0: the weightless `inner`."""
 
-    def forward(self, q: Float[Tensor, "t h e"], k: Float[Tensor, "y j e"], v: Float[Tensor, "y j e"], layout: Documents) -> Float[Tensor, "t h e"]:
+    def forward(self, q: Float[Tensor, "t h e"], k: Float[Tensor, "y j e"], v: Float[Tensor, "y j e"], runs: Runs) -> Float[Tensor, "t h e"]:
         if q.device.type == "cpu":
-            return run_attention(q, k, v, layout.runs)[0]
-        if not layout.run_sizes[0]:  # nothing to attend to, but every rank has a gradient to reduce
+            return run_attention(q, k, v, runs.bounds)[0]
+        if not runs.sizes[0]:  # nothing to attend to, but every rank has a gradient to reduce
             return q * 0 + (k.sum() + v.sum()) * 0
-        if q.dtype in (torch.bfloat16, torch.float16):
-            return _varlen(q, k, v, layout)
-        return dense(q, k, v, layout)
+        return _varlen(q, k, v, runs) if q.dtype in (torch.bfloat16, torch.float16) else dense(q, k, v, runs)
 
 
 class CrossAttention(nn.Module):
@@ -128,7 +126,7 @@ def run_attention(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> tuple[Tensor
     return out, stats
 
 
-def _heads_first(x: Float[Tensor, "t h e"]) -> Float[Tensor, "1 h t e"]:
+def _heads_first(x: Float[Tensor, "t h *e"]) -> Float[Tensor, "1 h t *e"]:
     return x.transpose(0, 1)[None]
 
 

@@ -163,7 +163,7 @@ def test_gradient_of_one_sample_stays_there():
     """The loss of one sample has no gradient at another's embeddings, nor at padding: exactly 0."""
     model = build(VLMS["llava-tiny"])
     batch, mine = vlm_batch(1)
-    x = model.splice(batch).detach().requires_grad_()
+    x = model.splice(batch, model.features(batch.tiles)).detach().requires_grad_()
     hidden, _ = model.decoder(x, batch.positions, Documents.of(batch))
     (grad,) = torch.autograd.grad(hidden.flatten(0, 1)[mine].square().sum(), x)
     grad = grad.flatten(0, 1)

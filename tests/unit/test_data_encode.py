@@ -15,11 +15,12 @@ from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers
 
 from neva.batch import IGNORE, IMAGE, IMAGE_END, IMAGE_START, ImageLayout
-from neva.data.encode import Encoder
-from neva.data.sample import Encoded, Sample, SampleError, Turn
+from neva.data.encode import Draft, Encoder, Placed
+from neva.data.sample import Sample, SampleError, Turn
 from neva.data.source import MockSource
 from neva.data.template import render
 from neva.data.templates import TEMPLATES, find_template
+from neva.data.tiling import Tiling
 from neva.data.tokenizer import JsonTokenizer, load_tokenizer
 
 torch.set_num_threads(1)
@@ -227,7 +228,7 @@ def test_truncation_keeps_images_whole(talk: Talk, encoder: Encoder, data: st.Da
     length = data.draw(st.integers(1, len(encoded.tokens) + 2))
     block = encoder.layout.tokens_per_image
     try:
-        cut = encoder.truncate(encoded, length)
+        cut = encoder.encode(sample, length=length)
     except SampleError as error:
         assert "no label is left" in str(error)
         with pytest.raises(SampleError, match="no label is left"):
@@ -244,9 +245,11 @@ def test_truncation_keeps_images_whole(talk: Talk, encoder: Encoder, data: st.Da
 
 @pytest.mark.parametrize(("start_end", "kept"), [(False, [1, 2, 3, 3, 3, 6]), (True, [1, 2, 2, 2, 2, 2, 7])])
 def test_cuts_around_an_image(start_end: bool, kept: list[int]) -> None:
-    encoder = Encoder(TINY, "v1", None, replace(LAYOUT, start_end=start_end))
     image = [IMAGE_START, IMAGE, IMAGE, IMAGE, IMAGE_END] if start_end else [IMAGE] * 3
-    tokens = torch.tensor([5, 6, *image, 7] if start_end else [5, 6, 8, *image, 7])
-    encoded = Encoded(tokens=tokens, labels=tokens.abs(), tiles=torch.zeros(1, 3, 8, 8, dtype=torch.uint8), group="g", key=("a", "b"))
-    lengths = range(1, len(kept) + 1)
-    assert [len(encoder.truncate(encoded, length).tokens) for length in lengths] == kept
+    before = [5, 6] if start_end else [5, 6, 8]
+    end = len(before) + len(image)
+    placed = Placed(start=len(before), end=end, size=(1, 1), tiling=Tiling(), slots=((0, 0, 0),), tagged=())
+    draft = Draft(tokens=[*before, *image, 7], marks=[True] * (end + 1), images=[placed])
+    cuts = [draft.cut(length) for length in range(1, len(kept) + 1)]
+    assert [len(cut.tokens) for cut in cuts] == kept
+    assert [len(cut.images) for cut in cuts] == [int(length >= end) for length in kept]

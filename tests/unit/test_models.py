@@ -54,11 +54,11 @@ def test_fresh_values():
 def test_projectors():
     """Each name gives the module that it says; the sum of its products is what it computes."""
     x = torch.randn(2, 5, 8)
-    assert torch.equal(projector("identity", 8, 8)(x), x)
-    linear = projector("linear", 8, 6)
+    assert torch.equal(projector("identity", 8, 8, 16)(x), x)
+    linear = projector("linear", 8, 6, 16)
     assert torch.equal(linear(x), F.linear(x, linear[0].weight, linear[0].bias))
     for depth in (1, 2, 3, 9):
-        module = projector(f"mlp{depth}x_gelu", 8, 6)
+        module = projector(f"mlp{depth}x_gelu", 8, 6, 16)
         expected, matrices = x, [layer for layer in module if isinstance(layer, torch.nn.Linear)]
         assert len(matrices) == depth and matrices[0].in_features == 8 and matrices[-1].out_features == 6
         for number, layer in enumerate(matrices):
@@ -94,7 +94,7 @@ def test_splice():
     batch = pack(TINY.layout, [samples, [samples[0]]], 80)
     other = replace(batch, inline=batch.inline.flip(0), slots=batch.slots.masked_fill(batch.slots % 5 == 0, -1))
     for b in (batch, other):
-        assert torch.equal(model.splice(b), splice_by_hand(model, b))
+        assert torch.equal(model.splice(b, model.features(b.tiles)), splice_by_hand(model, b))
 
 
 def test_image_vectors():
@@ -104,7 +104,7 @@ def test_image_vectors():
     model, plain = build(config), item(TINY.layout, text=4, images=1, seed=1)
     tokens = [IMAGE_START, *[IMAGE] * 16, IMAGE_END, 5, 6]
     batch = pack(config.layout, [[Item(tokens=tokens, labels=[IGNORE] * 19 + [6], tiles=plain.tiles), item(config.layout, text=7)]], 30)
-    x = model.splice(batch)
+    x = model.splice(batch, model.features(batch.tiles))
     assert torch.equal(x, splice_by_hand(model, batch))
     assert torch.equal(x[0, [0, 17]], model.image_vectors)
     model(batch).losses.sum().backward()
