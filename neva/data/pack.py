@@ -256,12 +256,12 @@ def check(batch: Batch, layout: ImageLayout) -> None:
     """Raises ValueError unless each placeholder is the slot of one feature, each tile has its place, and memory is seen within bounds."""
     flat = batch.tokens.flatten()
     placed = batch.slots[batch.slots >= 0]
-    wanted, features = int((flat == IMAGE).sum()), placed.numel()
+    wanted, features = int((flat == IMAGE).sum()), len(batch.inline) * layout.tokens_per_tile - int((batch.slots < 0).sum())
     fix = "encode samples with the model's image layout (VLMConfig.layout), and cut them only with Encoder.encode(length=...)."
     if wanted != features or batch.slots.shape != (len(batch.inline), layout.tokens_per_tile):
         raise ValueError(
-            f"The batch holds {wanted} image placeholders but its {len(batch.inline)} inline tiles of {layout.tokens_per_tile} features "
-            f"make {features}: {fix}"
+            f"The batch holds {wanted} image placeholders but its tiles make {features}. Each of its {len(batch.inline)} inline tiles has "
+            f"{layout.tokens_per_tile}: {fix}"
         )
     if len(placed.unique()) != features or not bool((flat[placed] == IMAGE).all()):
         raise ValueError("The batch's slots do not point at its image placeholders, one each. Make the batch with neva.data.pack.collate.")

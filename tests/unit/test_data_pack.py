@@ -198,7 +198,7 @@ def whole() -> Batch:
 
 def test_placeholders_must_match_tiles() -> None:
     broken = replace(encoded([2, "i", 3]), tokens=torch.tensor([1, 2, IMAGE, IMAGE, 5, 6, 7, 8]))
-    with pytest.raises(ValueError, match="The batch holds 2 image placeholders but its 1 inline tiles of 3 features make 3: encode"):
+    with pytest.raises(ValueError, match="The batch holds 2 image placeholders but its tiles make 3. Each of its 1 inline tiles has 3: encode"):
         collate([[broken]], Budget(seq_length=16), layout=LAYOUT, group_names=("g",), any_tiles=True)
     check(whole(), LAYOUT)
     with pytest.raises(ValueError, match="The batch holds 3 image placeholders but its tiles make 4"):
