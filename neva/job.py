@@ -75,6 +75,8 @@ class DataConfig:
     """A sample that cannot be read stops the run, or is left out, counted and named."""
     over_long: Literal["drop", "truncate", "error"] = "drop"
     """A sample longer than `batch.seq_length`: left out and counted, cut at the end, or an error."""
+    fewer_tiles: bool = False
+    """Cut the images of a sample that is longer than a row, or has more tiles, into fewer tiles first (12, 8, 6, 4, 2, 1), and count it."""
 
     @property
     def blend(self) -> tuple[SourceConfig, ...]:
@@ -126,6 +128,8 @@ class InitConfig:
     """The same of the encoder."""
     projector: str = ""
     """The same of the projector; a neva checkpoint or `fresh`."""
+    cross: str = ""
+    """The same of the cross-attention layers, which are drawn anew where the decoder comes from a model without them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,7 @@ from neva.checkpoint.manifest import find
 from neva.data.tokenizer import load_tokenizer
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
-from neva.models.vlm import VLMConfig
-
-PARTS = {"vision": "vision", "projector": "projector", "image_vectors": "projector", "decoder": "decoder", "head": "head"}
+from neva.models.vlm import VLMConfig, part_of
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -96,7 +94,7 @@ def _vision(c: VisionConfig) -> str:
 def _tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     counts: dict[str, int] = {}
     for name, tensor in tensors.items():
-        part = PARTS[name.split(".", 1)[0]]
+        part = part_of(name)
         counts[part] = counts.get(part, 0) + tensor.numel()
     shown = ", ".join(f"{part} {count:,}" for part, count in counts.items())
     return {"parameters": f"{sum(counts.values()):,} ({shown})", "dtypes": _dtypes(tensors)}

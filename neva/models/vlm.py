@@ -211,6 +211,17 @@ def projector(name: str, width: int, out: int, ffn: int) -> nn.Module:
     raise ValueError(f"projector={name!r} is unknown; there are {known}.")
 
 
+PARTS = ("vision", "projector", "cross", "decoder", "head")
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to; learned image vectors count as projector."""
+    if ".cross." in name:
+        return "cross"
+    first = name.split(".", 1)[0]
+    return "projector" if first.startswith("image_") else first
+
+
 VISION_BACKENDS: dict[str, Callable[[VisionConfig], nn.Module]] = {"native": ViT, "hf": HFVision}
 
 
@@ -269,7 +280,7 @@ class VLM(nn.Module):
             x = torch.where(((flat == VECTORS) | (flat == VECTORS - 1))[:, None], self.image_vectors[number].to(x.dtype), x)
         if self.image_newline is not None:
             x = torch.where((flat == NEWLINE)[:, None], self.image_newline.to(x.dtype), x)
-        if features is not None:
+        if features is not None and self.config.inline != "none":  # else the layers before the first cross-attention would go backward for nothing
             slots = torch.where(batch.slots < 0, flat.numel() - 1, batch.slots)
             x = x.index_copy(0, slots.flatten(), features.index_select(0, batch.inline).flatten(0, 1).to(x.dtype))
         return x[:-1].view(*batch.tokens.shape, -1)

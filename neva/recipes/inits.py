@@ -84,7 +84,9 @@ def _filled(stage: TrainConfig, place: Callable[[str], Path]) -> TrainConfig:
         if part == "model":
             model = found.model or model
         elif part == "decoder":
-            model = replace(model, decoder=found.decoder)
+            assert found.decoder is not None
+            kept = {} if found.decoder.cross_layers else {"cross_layers": model.decoder.cross_layers, "cross": model.decoder.cross}
+            model = replace(model, decoder=replace(found.decoder, **kept))
         else:
             assert found.vision is not None
             model = _with_vision(model, found.vision)

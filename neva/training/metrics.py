@@ -15,7 +15,7 @@ import torch
 
 from neva.batch import Batch
 from neva.job import TrainConfig
-from neva.models.cost import step_flops
+from neva.models import cost
 
 PEAKS: dict[str, float] = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 """Dense bf16 FLOP/s by a part of the device's name (NVIDIA's data sheets); elsewhere utilisation is not reported."""
@@ -42,8 +42,12 @@ class Work:
 
 def _micro_batch(batch: Batch, config: TrainConfig, trained: frozenset[str]) -> Work:
     documents, tiles, labels = _document_lengths(batch), batch.tiles.shape[0], batch.label_count
-    again = config.recompute == "block"
-    flops = step_flops(config.model, documents=documents, tiles=tiles, labelled=labels, trained=trained, recompute=again).total
+    runs = batch.runs
+    work = cost.Work(
+        documents=documents, tiles=tiles, labelled=labels, memory=len(batch.memory_tokens), crossing=sum(documents) * batch.any_tiles,
+        pairs=int(((runs[:, 1] - runs[:, 0]) * (runs[:, 3] - runs[:, 2])).sum()),
+    )  # fmt: skip
+    flops = cost.step_flops(config.model, work, trained=trained, recompute=config.recompute == "block").total
     return Work(tokens=sum(documents), slots=batch.tokens.numel(), labels=labels, tiles=tiles, flops=flops)
 
 

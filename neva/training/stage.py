@@ -20,7 +20,7 @@ from neva.data.pack import Budget
 from neva.data.source import LlavaSource, MockSource
 from neva.data.tokenizer import Tokenizer, load_tokenizer
 from neva.job import InitConfig, SourceConfig, TrainConfig
-from neva.models.vlm import VLM, fresh
+from neva.models.vlm import VLM, fresh, part_of
 from neva.parallel import mesh as ranks
 from neva.parallel.wrap import fill, freeze, logical_parameters, parallelize
 from neva.training.loss import group_sums, not_finite
@@ -56,8 +56,8 @@ class Stage:
         return self.first_step + self.step
 
 
-PARTS = {"vision": ("vision.",), "projector": ("projector.", "image_vectors"), "decoder": ("decoder.", "head.")}
-"""Field of `InitConfig` -> how the names of its parameters begin."""
+PARTS = {"vision": ("vision",), "projector": ("projector",), "cross": ("cross",), "decoder": ("decoder", "head")}
+"""Field of `InitConfig` -> the parts of the model that it speaks of."""
 
 
 def check(config: TrainConfig, *, world: int) -> None:
@@ -95,7 +95,7 @@ def prepare(
     freeze(model, config.trainable)
     say(parameter_table(config))
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    trained = frozenset("projector" if name.startswith("image_vectors") else name.split(".")[0] for name in names)
+    trained = frozenset(part_of(name) for name in names)
     parallelize(model, mesh, precision=config.precision, recompute=config.recompute, compile=config.compile)
     begin, origins = _origins(config, start, resume)
     found = lambda name: any(takes(name) for _, takes in origins)  # noqa: E731
@@ -115,14 +115,22 @@ def _origins(config: TrainConfig, start: Path | None, resume: Path | None) -> tu
     """The checkpoint that the stage begins from, and all that give it weights, each with the names that it gives: others are drawn anew."""
     if resume is None and config.init.model:
         start = store.open_checkpoint(Path(config.init.model)).folder
-    begin, parts = resume or start, part_paths(config.init) if resume is None else {}
-    elsewhere = tuple(beginning for part in PARTS if resume is None and getattr(config.init, part) for beginning in PARTS[part])
+    begin, paths = resume or start, part_paths(config.init) if resume is None else {}
+    elsewhere = {part for field in PARTS if resume is None and getattr(config.init, field) for part in PARTS[field]}
     origins: list[tuple[Path, Callable[[str], bool]]] = []
     if begin is not None:
-        origins.append((begin, lambda name: not name.startswith(elsewhere)))
-    for part, path in parts.items():
-        origins.append((store.open_checkpoint(Path(path)).folder, lambda name, of=PARTS[part]: name.startswith(of)))
+        origins.append((begin, _taking(begin, {part for parts in PARTS.values() for part in parts} - elsewhere)))
+    for field_name, path in paths.items():
+        folder = store.open_checkpoint(Path(path)).folder
+        origins.append((folder, _taking(folder, set(PARTS[field_name]))))
     return begin, origins
+
+
+def _taking(folder: Path, parts: set[str]) -> Callable[[str], bool]:
+    """Is a parameter of these parts? Cross-attention layers are drawn anew where the checkpoint is of a model without them."""
+    crossed = store.load_config(folder).get("model", {}).get("decoder", {}).get("cross_layers")
+    chosen = parts if crossed else parts - {"cross"}
+    return lambda name: part_of(name) in chosen
 
 
 def part_paths(init: InitConfig) -> dict[str, str]:
@@ -151,7 +159,7 @@ def make_loader(config: TrainConfig, tokenizer: Tokenizer, *, rank: int = 0, wor
     encoder = Encoder(tokenizer=tokenizer, template=data.template, system=data.system, layout=config.model.layout)
     options = LoaderOptions(
         shuffle=data.shuffle, seed=config.seed, workers=data.workers, pool=data.pool, prefetch=data.prefetch,
-        on_error=data.on_error, over_long=data.over_long,
+        on_error=data.on_error, over_long=data.over_long, fewer_tiles=data.fewer_tiles,
     )  # fmt: skip
     budget = Budget(seq_length=batch.seq_length, rows=batch.rows, micro_rows=batch.micro_rows, max_tiles=batch.max_tiles)
     sources = [make_source(source, seed=config.seed) for source in data.blend]
@@ -321,7 +329,7 @@ def parameter_table(config: TrainConfig) -> str:
     freeze(model, config.trainable)
     rows: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
-        rows.setdefault(name.split(".", 1)[0], [0, 0])[not parameter.requires_grad] += parameter.numel()
+        rows.setdefault(part_of(name), [0, 0])[not parameter.requires_grad] += parameter.numel()
     total = [sum(column) for column in zip(*rows.values(), strict=True)]
     lines = [f"  {part:<14}{trained:>16,}{frozen:>16,}" for part, (trained, frozen) in {**rows, "total": total}.items()]
     head = f"Stage {config.name} ({config.precision}), {config.steps} steps\n  {'parameters':<14}{'trained':>16}{'frozen':>16}"

@@ -7,10 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from neva.batch import Batch
+from neva.data.pack import Budget, collate
 from neva.models import cost, decoder
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
-from neva.models.vlm import VLM, VLMConfig, build
+from neva.models.vlm import VLM, VLMConfig, build, part_of
+from tests.oracle import test_cross
 from tests.packed import CHUNK, item, pack
 
 PLAIN = VLMConfig(
@@ -27,12 +29,21 @@ CONFIGS = {
     "shuffled": replace(PLAIN, pixel_shuffle="v2", projector="norm_mlp2x_gelu", vision=replace(PLAIN.vision, heads=3, head_width=10)),
     "experts": replace(PLAIN, decoder=replace(PLAIN.decoder, experts=3, active_experts=2)),
 }
-PARTS = ("vision", "projector", "decoder", "head")
+CONFIGS |= {
+    "NVLM-X": replace(test_cross.X, vision=replace(test_cross.VISION, select_layer=-1)),
+    "NVLM-X, wider": replace(test_cross.CONFIGS["X, other heads"], decoder=replace(test_cross.CONFIGS["X, MLP behind"].decoder, tied=True)),
+    "NVLM-X, norm of keys": test_cross.CONFIGS["X, norm of keys"],
+    "NVLM-H": test_cross.H,
+    "NVLM-H, tags added": test_cross.CONFIGS["H, tags added"],
+}
+PARTS = ("vision", "projector", "cross", "decoder", "head")
 TRAINED = {
     "all": frozenset(PARTS),
     "projector": frozenset({"projector"}),
+    "projector and cross": frozenset({"projector", "cross"}),
+    "cross": frozenset({"cross"}),
     "decoder and projector": frozenset({"projector", "decoder"}),
-    "vision frozen": frozenset({"projector", "decoder", "head"}),
+    "vision frozen": frozenset({"projector", "cross", "decoder", "head"}),
     "vision": frozenset({"vision"}),
     "head": frozenset({"head"}),
     "none": frozenset(),
@@ -57,6 +68,16 @@ def attention_backward(grad, saved, bounds, segments, window, **_) -> int:
     return 5 * 2 * grad.shape[-1] * grad.shape[-2] * pairs(bounds, segments, window)
 
 
+def runs(q, k, v, bounds, **_) -> int:
+    """Cross-attention: two products for each token of a run and each of its keys."""
+    return 2 * 2 * q.shape[-1] * q.shape[-2] * sum((end - start) * (last - first) for start, end, first, last in bounds.tolist())
+
+
+def runs_backward(grad, saved, bounds, **_) -> int:
+    """Five products."""
+    return runs(grad, None, None, bounds) * 5 // 2
+
+
 def vision(q, *_, **__) -> int:
     """Two products over all pairs."""
     n, h, t, e = q
@@ -78,23 +99,32 @@ def grouped(a, b, *_, **__) -> int:
     return 2 * a[0] * a[1] * b[-1]
 
 
-attention._get_raw = attention_backward._get_raw = True
+attention._get_raw = attention_backward._get_raw = runs._get_raw = runs_backward._get_raw = True
 FORMULAS = {
     torch.ops.aten.addmm_: product,
     torch.ops.aten._grouped_mm: grouped,
     torch.ops.neva.document_attention: attention,
     torch.ops.neva.document_attention_backward: attention_backward,
+    torch.ops.neva.run_attention: runs,
+    torch.ops.neva.run_attention_backward: runs_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: vision,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: vision_backward,
 }
 
 
-def batch_of(config: VLMConfig) -> tuple[Batch, dict]:
+def batch_of(config: VLMConfig) -> tuple[Batch, cost.Work]:
     """A full row and what `cost` must be told of it."""
+    if config.inline != "all":
+        samples = [test_cross.sample(config, seed, images=images) for seed, images in enumerate((2, 0, 1))]
+        lengths = [len(one.tokens) for one in samples]
+        batch = collate([samples], Budget(seq_length=sum(lengths)), layout=config.layout, group_names=("g",), any_tiles=True, head_chunk=CHUNK)
+        pairs = sum((end - start) * (last - first) for start, end, first, last in batch.runs.tolist())
+        counts = {"memory": len(batch.memory_tokens), "pairs": pairs, "crossing": sum(lengths)}
+        return batch, cost.Work(documents=lengths, tiles=len(batch.tiles), labelled=len(batch.labelled), **counts)
     samples = [item(config.layout, text=t, images=n, seed=t) for t, n in ((9, 1), (1, 0), (17, 2), (13, 0))]
     batch = pack(config.layout, [samples], sum(len(sample.tokens) for sample in samples))
     assert len(batch.labelled) % CHUNK == 0
-    return batch, {"documents": [len(sample.tokens) for sample in samples], "tiles": 3, "labelled": len(batch.labelled)}
+    return batch, cost.Work(documents=[len(sample.tokens) for sample in samples], tiles=3, labelled=len(batch.labelled))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -102,12 +132,15 @@ def test_forward_by_part(name):
     """Each part's forward operations are those that torch counts in the part's module."""
     config = CONFIGS[name]
     model = build(config)
-    batch, sizes = batch_of(config)
+    batch, work = batch_of(config)
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, torch.no_grad():
         model(batch)
-    counted = {part: sum(counter.get_flop_counts().get(f"VLM.{part}", {}).values()) for part in PARTS}
-    assert cost.Parts(**counted) == cost.forward_flops(config, **sizes)
-    assert counter.get_total_flops() == cost.forward_flops(config, **sizes).total
+    by_module = counter.get_flop_counts()
+    counted = {part: sum(by_module.get(f"VLM.{part}", {}).values()) for part in PARTS}
+    counted["cross"] = sum(sum(by_module.get(f"VLM.decoder.blocks.{n}.cross", {}).values()) for n in config.decoder.cross_layers)
+    counted["decoder"] -= counted["cross"]
+    assert cost.Parts(**counted) == cost.forward_flops(config, work)
+    assert counter.get_total_flops() == cost.forward_flops(config, work).total
 
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept logits", "logits again"])
@@ -115,22 +148,20 @@ def test_forward_by_part(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_step(name, trained, recomputed, monkeypatch):
     """Forward and backward operations are what torch counts, whatever is trained."""
-    config, parts = CONFIGS[name], TRAINED[trained]
-    if config.projector == "identity" and parts == {"projector"}:
-        return  # nothing to train
+    config = CONFIGS[name]
+    model = build(config)
+    parts = TRAINED[trained] & {part_of(parameter) for parameter, _ in model.named_parameters()}
     if recomputed:
         monkeypatch.setattr(decoder, "HEAD_KEPT", 0)
         monkeypatch.setattr(cost, "HEAD_KEPT", 0)
-    model = build(config)
     for parameter_name, parameter in model.named_parameters():
-        part = parameter_name.split(".")[0]
-        parameter.requires_grad_(("projector" if part == "image_vectors" else part) in parts)
-    batch, sizes = batch_of(config)
+        parameter.requires_grad_(part_of(parameter_name) in parts)
+    batch, work = batch_of(config)
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         losses = model(batch).losses
-        if parts:
+        if losses.requires_grad:
             losses.sum().backward()
-    assert counter.get_total_flops() == cost.step_flops(config, **sizes, trained=parts).total
+    assert counter.get_total_flops() == cost.step_flops(config, work, trained=parts).total
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -140,11 +171,13 @@ def test_parameters(name):
     assert counts.total == sum(p.numel() for p in model.parameters())
     vectors = 0 if model.image_vectors is None else model.image_vectors.numel()
     assert counts.projector == vectors + sum(p.numel() for p in model.projector.parameters())
-    assert (counts.vision, counts.decoder) == tuple(sum(p.numel() for p in part.parameters()) for part in (model.vision, model.decoder))
+    assert counts.vision == sum(p.numel() for p in model.vision.parameters())
+    assert counts.decoder + counts.cross == sum(p.numel() for p in model.decoder.parameters())
+    assert counts.cross == sum(p.numel() for block in model.decoder.blocks if block.cross is not None for p in block.cross.parameters())
 
 
 def test_recompute_adds_a_forward():
     """Recomputing the blocks costs the decoder's forward once more."""
-    _, sizes = batch_of(PLAIN)
-    without, recomputed = (cost.step_flops(PLAIN, **sizes, trained=frozenset(PARTS), recompute=r) for r in (False, True))
-    assert recomputed.total - without.total == cost.forward_flops(PLAIN, **sizes).decoder
+    _, work = batch_of(PLAIN)
+    without, recomputed = (cost.step_flops(PLAIN, work, trained=frozenset(PARTS), recompute=r) for r in (False, True))
+    assert recomputed.total - without.total == cost.forward_flops(PLAIN, work).decoder
