@@ -13,6 +13,7 @@ the classes of DCP's index.
 
 import json
 import re
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -106,6 +107,20 @@ class NemoShards(Shards):
 def is_nemo(path: Path) -> bool:
     """Is this a NeMo checkpoint, by its looks?"""
     return path.suffix == ".nemo" or (path / "model_config.yaml").is_file() or (path / "context" / "model.yaml").is_file()
+
+
+def is_neva(path: Path) -> bool:
+    """Is this NeMo checkpoint a NeVA, whose encoder is a checkpoint of its own? An archive is not unpacked for the answer."""
+    if not path.is_file():
+        described = _yaml(path / "model_config.yaml") if (path / "model_config.yaml").is_file() else {}
+    else:
+        try:
+            with tarfile.open(path) as archive:
+                member = next((m for m in archive if Path(m.name).name == "model_config.yaml" and m.isfile()), None)
+                described = yaml.safe_load(archive.extractfile(member)) if member else {}  # type: ignore[arg-type]
+        except (tarfile.TarError, OSError, EOFError, yaml.YAMLError):
+            return False  # what reads it whole says what is wrong with it
+    return isinstance(described, dict) and "mm_cfg" in described.get("model", described)
 
 
 def read_nemo(path: Path, scratch: Path) -> Source:
@@ -365,16 +380,17 @@ def _unfuse(fused: Tensor, heads: int, groups: int, head: int) -> dict[str, Tens
 
 def _unpacked(path: Path, scratch: Path) -> Path:
     """An archive's files, in `scratch`; members that would land elsewhere are refused by tarfile's data filter."""
-    done = scratch / "unpacked"
-    if done.is_file():
+    done, stamp = scratch / "unpacked", f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    if done.is_file() and done.read_text() == stamp:
         return scratch
+    shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True, exist_ok=True)
     try:
         with tarfile.open(path) as archive:
             archive.extractall(scratch, filter="data")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise CheckpointError(f"{path} cannot be unpacked ({type(error).__name__}: {error}): it is damaged or cut off.") from None
-    done.touch()
+    done.write_text(stamp)
     return scratch
 
 
