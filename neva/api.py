@@ -121,8 +121,8 @@ def inspect(path: str | Path) -> dict:
 
 
 def convert_config(path: str | Path, out: str | Path | None = None) -> tuple[str, list[Line]]:
-    """A NeMo 1.0 neva_config.yaml as our YAML, written to `out` if given, and what became of each of its keys."""
-    stage, lines = nemo_yaml.convert(Path(path))
+    """A NeMo 1.0 neva_config.yaml as our YAML, written to `out` if given, and what became of each of its keys. `${oc.env:…}` is the environment's."""
+    stage, lines = nemo_yaml.convert(Path(path), os.environ)
     if out is not None:
         tree.save([stage], out)
     return tree.dumps([stage]), lines
