@@ -11,8 +11,9 @@ from pathlib import Path
 
 from neva import config as tree
 from neva import plan, recipes
-from neva.checkpoint.convert import import_model
+from neva.checkpoint.convert import import_model, lacks_encoder
 from neva.checkpoint.export import ExportOptions, export
+from neva.checkpoint.foreign import is_foreign
 from neva.checkpoint.hf import Options
 from neva.checkpoint.inspect import inspect as describe
 from neva.checkpoint.nemo import is_nemo
@@ -28,7 +29,7 @@ from neva.recipes import inits, nemo_yaml
 from neva.recipes.nemo_yaml import Line
 from neva.recipes.resolve import make_data, resolve, say_mock
 from neva.training import loop
-from neva.training.stage import check, frozen_changed, parameter_table, part_paths
+from neva.training.stage import check, frozen_changed, parameter_table
 
 __all__ = [
     "convert_config",
@@ -70,9 +71,7 @@ def import_checkpoint(
     folders = [fetch(str(source)) for source in sources]
     if out is not None:
         return import_model(folders, Path(out), options, check=parity, say=say)
-    stamps = [
-        [str(folder.resolve()), *(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(folder.glob("*.*")))] for folder in folders
-    ]
+    stamps = [[str(folder.resolve()), *_stamps(folder)] for folder in folders]
     name = hashlib.sha256(json.dumps([stamps, str(options), parity]).encode()).hexdigest()[:12]
     place = cache() / "imports" / f"{folders[0].resolve().name}-{name}"
     if (place / "manifest.json").exists():
@@ -84,6 +83,14 @@ def import_checkpoint(
             say(f"Importing {', '.join(map(str, folders))} into {place}")
             import_model(folders, place, options, check=parity, say=say)
     return place
+
+
+def _stamps(source: Path) -> list[str]:
+    """Name, size and time of the files of a model, so that a changed one is imported anew. NeMo's folders hold others; its archives are files."""
+    found = [source] if source.is_file() else source.rglob("*") if is_nemo(source) else source.glob("*.*")
+    # Reading a NeMo folder adds the link.
+    files = sorted(file for file in found if file.is_file() and not (is_nemo(source) and file.is_symlink() and file.name == "tokenizer.model"))
+    return [f"{file.relative_to(source)} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
 
 def cache() -> Path:
@@ -100,7 +107,9 @@ def fetch(source: str) -> Path:
 
     name = source.removeprefix("hf:")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.bpe"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{source} could not be fetched ({reason}): check the name and the network, or give a local folder") from None
@@ -112,17 +121,34 @@ def inspect(path: str | Path) -> dict:
 
 
 def convert_config(path: str | Path, out: str | Path | None = None) -> tuple[str, list[Line]]:
-    """A NeMo 1.0 neva_config.yaml as our YAML, written to `out` if given, and what became of each of its keys."""
-    stage, lines = nemo_yaml.convert(Path(path))
+    """A NeMo 1.0 neva_config.yaml as our YAML, written to `out` if given, and what became of each of its keys. `${oc.env:…}` is the environment's."""
+    stage, lines = nemo_yaml.convert(Path(path), os.environ)
     if out is not None:
         tree.save([stage], out)
     return tree.dumps([stage]), lines
 
 
-def _readable(source: str) -> Path:
-    """A folder whose config can be read as it lies; a NeMo checkpoint's by its import in the cache."""
-    folder = fetch(source)
-    return import_checkpoint([folder]) if is_nemo(folder) else folder
+def _places(init: InitConfig) -> dict[str, tuple[Path, ...]]:
+    """Part -> where it comes from. A LLaVA without its encoder is imported together with it, which beside a whole model is no part any more."""
+    found: dict[str, tuple[Path, ...]] = {
+        name: (fetch(path),) for name in ("model", "decoder", "vision", "projector") if (path := getattr(init, name)) not in ("", "fresh")
+    }
+    seen = found.get("vision", ())
+    for part in ("model", "decoder", "projector"):
+        if part in found and seen and _is_foreign(*seen) and lacks_encoder(*found[part]):
+            found[part] += seen
+    if len(found.get("model", ())) > 1:
+        del found["vision"]
+    return found
+
+
+def _is_foreign(path: Path) -> bool:
+    return is_nemo(path) or is_foreign(path)
+
+
+def _readable(init: InitConfig) -> dict[str, tuple[Path, ...]]:
+    """Part -> folders whose configs can be read as they lie; those of a NeMo checkpoint by its import in the cache."""
+    return {part: (import_checkpoint(paths),) if any(map(is_nemo, paths)) else paths for part, paths in _places(init).items()}
 
 
 def export_checkpoint(
@@ -160,9 +186,8 @@ def dry_run(name: str, overrides: Sequence[str] = (), *, ranks: int = 1, say: Ca
     make_data(resolved, say)
     for stage in resolved:
         check(replace(stage, init=InitConfig()), world=ranks)
-        for path in (stage.init.model, *part_paths(stage.init).values()):
-            if path:
-                inits.look(_readable(path))
+        for paths in _readable(stage.init).values():
+            inits.look(*paths)
     precision = loop.choose_precision(resolved[0].precision)[0]
     for stage in resolved:
         say(parameter_table(stage))
@@ -171,14 +196,10 @@ def dry_run(name: str, overrides: Sequence[str] = (), *, ranks: int = 1, say: Ca
 
 def _imported(init: InitConfig, say: Callable[[str], None]) -> InitConfig:
     """`init` with Hugging Face folders replaced by their imports in the cache."""
-    changed = {}
-    for part in ("model", "decoder", "vision", "projector"):
-        path = getattr(init, part)
-        if path in ("", "fresh"):
-            continue
-        folder = fetch(path)
-        foreign = is_nemo(folder) or ((folder / "config.json").is_file() and not (folder / "manifest.json").is_file())
-        changed[part] = str(import_checkpoint([folder], say=say) if foreign else folder)
+    places = _places(init)
+    changed = {part: str(import_checkpoint(paths, say=say) if _is_foreign(paths[0]) else paths[0]) for part, paths in places.items()}
+    if len(places.get("model", ())) > 1:
+        changed["vision"] = ""
     return replace(init, **changed)
 
 

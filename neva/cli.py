@@ -233,7 +233,7 @@ def convert_config(path: str, out: str | None) -> None:
     from neva import api
 
     text, lines = api.convert_config(path, out)
-    words = {"to": "->", "none": "no meaning here:", "no": "NOT SUPPORTED:", "unknown": "UNKNOWN:"}
+    words = {"to": "->", "none": "no meaning here:", "no": "NOT SUPPORTED:", "unresolved": "UNRESOLVED:", "unknown": "UNKNOWN:"}
     for line in lines:
         click.echo(f"{line.key}={line.value} {words[line.kind]} {line.text}", err=out is None)
     if out is None:

@@ -30,6 +30,7 @@ def config_of(c: DecoderConfig) -> dict[str, Any]:
         "rotary_percentage": c.rotary_fraction, "rotary_base": c.rope_theta, "encoder_seq_length": c.max_positions,
         "max_position_embeddings": c.max_positions, "share_embeddings_and_output_weights": c.tied, "num_moe_experts": c.experts or None,
         "moe_router_topk": c.active_experts, "tokenizer": {"library": "sentencepiece"}, "transformer_block_type": "pre_ln",
+        "hidden_dropout": c.hidden_dropout, "attention_dropout": c.attention_dropout, "ffn_dropout": c.ffn_dropout,
     }  # fmt: skip
 
 

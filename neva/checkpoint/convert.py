@@ -5,14 +5,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from neva.checkpoint import gate, index, parity
+from neva.checkpoint import gate, index, parity, stream
 from neva.checkpoint import hf as folders
+from neva.checkpoint.foreign import is_foreign
 from neva.checkpoint.hf import Options, Plan, Source
 from neva.checkpoint.manifest import CheckpointError
-from neva.checkpoint.nemo import is_nemo, read_nemo
+from neva.checkpoint.nemo import is_nemo, is_neva, read_nemo
 from neva.checkpoint.prompts import compare_texts
+from neva.checkpoint.shards import lfs_pointer, read_json
 from neva.data.templates import find_template
-from neva.data.tokenizer import Tokenizer, load_tokenizer
+from neva.data.tokenizer import FILES, Tokenizer, load_tokenizer
 
 VICUNA = ("llava", "llava-original")
 """Formats whose chat format is LLaVA's `v1` where nobody says otherwise."""
@@ -28,32 +30,46 @@ def import_model(sources: Sequence[Path], out: Path, options: Options, *, check:
     ValueError, and nothing half-written left, for sources that cannot be imported or that our model does not compute equally;
     `check=False` leaves out the latter. An import that is killed goes on when it is started again.
     """
-    scratch = out.with_name(out.name + ".unpacked")
-    read = [_open(Path(source), scratch / str(number)) for number, source in enumerate(sources)]
-    chosen = folders.plan(read, options)
-    for warning in chosen.warnings:
-        say(f"warning: {warning}")
-    tokenizer = _tokenizer(chosen, say)
-    template = _template(chosen, options, tokenizer)
-    for name in chosen.new:
-        say(f"new, drawn from seed {options.seed}: {name} {list(chosen.tensors[name].shape)}")
-    described = folders.describe(chosen, options, template)
-    temporary = folders.write(chosen, out, described=described, write_tokenizer=tokenizer.save if tokenizer else None, tick=lambda size: None)
+    temporary, scratch = stream.staging(out), out.with_name(out.name + ".unpacked")
     if check:
-        read_back = partial(index.read, temporary / "weights")
-        differences = gate.compare(chosen.sources, chosen.model, chosen.vision, read_back, cast=chosen.cast)
-        say(parity.show(differences) if differences else "NOT COMPARED: transformers has no model of this format to compare with")
-        parity.check(differences, str(out))
-        if tokenizer is not None and (source := _text_source(chosen)).format not in NEMO:
-            say(compare_texts(source.folder, tokenizer))
-        described["source"]["parity"] = {d.part: d.largest for d in differences}
-    else:
+        gate.need_transformers()
+    with stream.removed_if_refused(scratch):
+        read = [_open(Path(source), scratch / str(number)) for number, source in enumerate(sources)]
+        chosen = folders.plan(read, options)
+        for warning in chosen.warnings:
+            say(f"warning: {warning}")
+        tokenizer = _tokenizer(chosen, say)
+        template = _template(chosen, options, tokenizer)
+        for name in chosen.new:
+            say(f"new, drawn from seed {options.seed}: {name} {list(chosen.tensors[name].shape)}")
+        described = folders.describe(chosen, options, template)
+        with stream.removed_if_refused(temporary):
+            write = tokenizer.save if tokenizer else None
+            folders.write(chosen, temporary, described=described, write_tokenizer=write, tick=lambda size: None)
+            described["source"]["parity"] = _compare(chosen, temporary / "weights", out, say) if check else None
+            if check and tokenizer is not None and (source := _text_source(chosen)).format not in NEMO:
+                say(compare_texts(source.folder, tokenizer))
+    if not check:
         say("NOT COMPARED with transformers (--no-parity): nothing shows that this checkpoint computes what its source does")
-        described["source"]["parity"] = None
     folders.write_config(temporary, described)
     published = folders.publish(temporary, out)
     shutil.rmtree(scratch, ignore_errors=True)
     return published
+
+
+def _compare(chosen: Plan, weights: Path, out: Path, say: Callable[[str], None]) -> dict[str, float]:
+    """Part -> its difference to transformers. CheckpointError if one is too large."""
+    differences = gate.compare(chosen.sources, chosen.model, chosen.vision, partial(index.read, weights), cast=chosen.cast)
+    say(parity.show(differences) if differences else "NOT COMPARED: transformers has no model of this format to compare with")
+    parity.check(differences, str(out))
+    return {d.part: d.largest for d in differences}
+
+
+def lacks_encoder(path: Path) -> bool:
+    """Is this a LLaVA or a NeVA to import, whose encoder is a checkpoint of its own?"""
+    if is_nemo(path):
+        return is_neva(path)
+    return is_foreign(path) and (path / "config.json").is_file() and "mm_vision_tower" in read_json(path / "config.json")
 
 
 def _open(path: Path, scratch: Path) -> Source:
@@ -68,7 +84,8 @@ def _tokenizer(chosen: Plan, say: Callable[[str], None]) -> Tokenizer | None:
         tokenizer = load_tokenizer(source.folder)
     except ValueError as error:
         if source.has_tokenizer:
-            raise CheckpointError(str(error)) from None
+            pointers = [pointer for name in FILES if (pointer := lfs_pointer(source.folder / name))]
+            raise CheckpointError(pointers[0] if pointers else str(error)) from None
         say(f"warning: {source.folder} holds no tokenizer: set data.tokenizer when you train, and it cannot generate before that")
         return None
     vocab = chosen.model.decoder.vocab

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from neva import config as tree
 from neva.batch import ImageLayout
-from neva.checkpoint import gate, index, parity, store
+from neva.checkpoint import gate, index, parity, store, stream
 from neva.checkpoint import hf as folders
 from neva.checkpoint.manifest import sync
 from neva.checkpoint.peers import on_disk
@@ -38,6 +39,8 @@ PEER = "vision.model."
 """How the names of an encoder begin that runs as transformers' own."""
 SHARD = 5 * 10**9
 """Bytes of a shard, as transformers writes them."""
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""How config.json spells the weights' dtype: transformers writes the first since 4.56, and every version reads the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,35 +108,35 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, check: bool =
     ValueError naming each field that the format cannot hold, and where transformers does not compute the same from what was written;
     `check=False` leaves out the latter. Nothing half-written remains under `out`.
     """
-    opened = store.open_checkpoint(checkpoint)
     out = Path(out)
-    if out.exists():
-        raise ValueError(f"{out} exists already; name another folder with --out, or remove it")
+    temporary = stream.staging(out)
+    if check and options.part != "projector":
+        gate.need_transformers()
+    opened = store.open_checkpoint(checkpoint)
     model, vision = _configs(opened.config)
-    target = _target(opened.folder, opened.config, model, vision, options)
     weights = opened.folder / "weights"
-    temporary = out.with_name(out.name + ".tmp")
+    target = _with_dtype(_target(opened.folder, opened.config, model, vision, options), weights, options)
     mark = json.dumps({"of": {name: file.sha256 for name, file in opened.manifest.files.items()}, "options": str(options)})
     if temporary.exists() and not ((temporary / "export.json").is_file() and (temporary / "export.json").read_text() == mark):
         shutil.rmtree(temporary)
-    temporary.mkdir(parents=True, exist_ok=True)
-    (temporary / "export.json").write_text(mark)
-    _write_weights(temporary, target, weights, options)
-    (temporary / "config.json").write_text(json.dumps(target.config, indent=2) + "\n")
-    for name, content in target.files.items():
-        (temporary / name).write_bytes(content)
-    if check and target.kind != "projector":
-        differences = gate.compare(
-            [folders.read_source(temporary)], target.model, target.vision, lambda name: _written(weights, name, target, options)
-        )
-        say(parity.show(differences))
-        parity.check(differences, str(out))
-        if target.encoder is not None:
-            say(compare_prompts(temporary, target.encoder, target.vision))
-    elif check:
-        say("A projector alone is no model of transformers: there is nothing to compare it with")
-    else:
-        say("NOT COMPARED with transformers (--no-parity): nothing shows that this folder computes what the checkpoint does")
+    with stream.removed_if_refused(temporary):
+        temporary.mkdir(parents=True, exist_ok=True)
+        (temporary / "export.json").write_text(mark)
+        _write_weights(temporary, target, weights, options)
+        (temporary / "config.json").write_text(json.dumps(target.config, indent=2) + "\n")
+        for name, content in target.files.items():
+            (temporary / name).write_bytes(content)
+        if check and target.kind != "projector":
+            read = partial(_written, weights, target=target, options=options)
+            differences = gate.compare([folders.read_source(temporary)], target.model, target.vision, read)
+            say(parity.show(differences))
+            parity.check(differences, str(out))
+            if target.encoder is not None:
+                say(compare_prompts(temporary, target.encoder, target.vision))
+        elif check:
+            say("A projector alone is no model of transformers: there is nothing to compare it with")
+        else:
+            say("NOT COMPARED with transformers (--no-parity): nothing shows that this folder computes what the checkpoint does")
     (temporary / "export.json").unlink()
     for path in [*temporary.iterdir(), temporary]:
         sync(path)
@@ -204,11 +207,28 @@ def _decoder_source(origin: Origin) -> Mapping[str, Any] | None:
     """The config.json that a decoder once had, inside a LLaVA's too; None if there was none that we write."""
     source = origin.config or {}
     if "text_config" in source:
-        source = {"model_type": "llama", **source["text_config"]}
+        source = {"model_type": "llama", **_part_of(source, "text_config")}
     elif "mm_vision_tower" in source:
         plain = {name: value for name, value in source.items() if not re.match(r"mm_|image_|tune_|freeze_|use_mm|unfreeze_", name)}
         source = {**plain, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     return source if source.get("model_type") in hf_config.DECODERS else None
+
+
+def _part_of(config: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The config.json of a part, from that of the whole, which alone may name the dtype."""
+    return {**{key: config[key] for key in DTYPE_KEYS if key in config}, **config[part]}
+
+
+def _with_dtype(target: Target, weights: Path, options: ExportOptions) -> Target:
+    """The target whose config.json names the dtype of the weights that are written, the widest of several, as the source spelled it."""
+    if target.kind == "projector":
+        return target
+    stored = index.stored(weights)
+    dtype = str(reduce(torch.promote_types, {_kind(stored[name].dtype, options) for name in target.names})).removeprefix("torch.")
+    inside = {part: dict(target.config[part]) for part in ("text_config", "vision_config") if part in target.config}
+    spelled = [key for key in DTYPE_KEYS if any(key in config for config in (target.config, *inside.values()))] or [DTYPE_KEYS[1]]
+    parts = {part: {name: dtype if name in DTYPE_KEYS else value for name, value in config.items()} for part, config in inside.items()}
+    return replace(target, config={**target.config, **parts, **dict.fromkeys(spelled, dtype)})
 
 
 def _vision(folder: Path, vision: VisionConfig, names: tuple[str, ...], options: ExportOptions, image: ImageConfig) -> Target:
@@ -225,7 +245,7 @@ def _vision(folder: Path, vision: VisionConfig, names: tuple[str, ...], options:
 
 
 def _vision_json(config: VisionConfig, origin: Origin, extra: Mapping[str, Tensor]) -> dict[str, Any]:
-    source = (origin.config or {}).get("vision_config", origin.config)
+    source = origin.config and (_part_of(origin.config, "vision_config") if "vision_config" in origin.config else origin.config)
     written = hf_config.vision_json(config, source if source and source.get("model_type") in hf_config.VISION else None)
     if written["model_type"] == "siglip_vision_model" and not any("head." in name for name in extra):
         written["vision_use_head"] = False
@@ -238,9 +258,12 @@ def complete(config: VisionConfig, origin: Origin) -> tuple[VisionConfig, dict[s
     These are the layers and the norm behind the selected hidden state that the import kept. Where nothing was kept the encoder ends at the
     selected layer, and its final norm, which nothing reads, is one that changes nothing.
     """
-    kept = {name: tensor for name, tensor in origin.unused.items() if name != "lm_head.weight"}
     if config.backend == "hf":
-        return config, kept
+        return config, {name: tensor for name, tensor in origin.unused.items() if name != "lm_head.weight"}
+    described = (origin.config or {}).get("vision_config", origin.config or {})
+    family = hf_config.VISION.get(described.get("model_type", ""))
+    # Only the encoder's own: of a LLaVA there may be leftovers of its decoder, whose layers are counted from 0 too.
+    kept = {name: tensor for name, tensor in origin.unused.items() if family and hf.ours_of(name, family.table)}
     spare = {int(match[1]) for name in kept if (match := re.search(r"layers?\.(\d+)\.", name))}
     if set(range(config.depth, config.layers)) - spare:
         config, kept = replace(config, layers=config.depth, select_layer=-1), {n: t for n, t in kept.items() if not re.search(r"layers?\.\d+\.", n)}
@@ -335,10 +358,10 @@ def _write_weights(folder: Path, target: Target, weights: Path, options: ExportO
         if not file.exists():
             state: dict[str, Tensor] = {}
             for group in chunk:
-                ours = {name: _written(weights, name, target, options) for name in group}
+                ours = {name: _written(weights, name, target=target, options=options) for name in group}
                 state |= {target.spelled(name): tensor for name, tensor in _theirs(ours, target).items()}
             if number == len(plan) - 1:
-                state |= {target.spelled(name): tensor.to(_kind(tensor.dtype, options)) for name, tensor in target.extra.items()}
+                state |= {target.spelled(name): folders.as_dtype(tensor, folders.DTYPES.get(options.dtype)) for name, tensor in target.extra.items()}
             part = file.with_suffix(".part")
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, part, metadata={"format": "pt"})
             part.replace(file)
@@ -388,7 +411,7 @@ def _kind(stored: torch.dtype, options: ExportOptions) -> torch.dtype:
     return folders.DTYPES.get(options.dtype, stored)
 
 
-def _written(weights: Path, name: str, target: Target, options: ExportOptions) -> Tensor:
+def _written(weights: Path, name: str, *, target: Target, options: ExportOptions) -> Tensor:
     """One of our tensors as it is written: with the rows and in the dtype that were asked for."""
     tensor = _grown(index.read(weights, name), target.grow.get(name, 0))
     return tensor.to(_kind(tensor.dtype, options))

@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from neva.checkpoint import parity
-from neva.checkpoint.hf import Source, relative
+from neva.checkpoint.hf import Source, is_left_behind, relative
 from neva.checkpoint.parity import Difference, Peer
 from neva.models import hf
 from neva.models.vit import VisionConfig
 from neva.models.vlm import VLMConfig
 
 Read = Callable[[str], Tensor]
+
+
+def need_transformers() -> None:
+    """ValueError where there is nothing to compare with: better before the weights are written than after."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("comparing with transformers needs it: pip install 'neva[hf]', or leave the comparison out with --no-parity")
 
 
 def compare(
@@ -25,8 +31,6 @@ def compare(
 
     With `cast`, theirs are rounded to that dtype first, as ours were.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise ValueError("comparing with transformers needs it: pip install 'neva[hf]', or leave the comparison out with --no-parity")
     found: list[Difference] = []
     fits = parity.fits(sum(math.prod(entry.shape) for source in sources for entry in source.shards.entries.values()))
     for source in sources:
@@ -47,13 +51,13 @@ def peer(source: Source, part: str, cast: torch.dtype | None = None) -> Peer:
     """The decoder or the encoder of a folder as transformers' model of that alone."""
     taken = set(source.spelled.values())
     if source.kind == part:
-        kept = {**source.spelled, **{relative(name): name for name in source.shards.entries if name not in taken and not name.startswith("text_")}}
+        kept = {**source.spelled, **{relative(name): name for name in source.shards.entries if name not in taken and not is_left_behind(name)}}
         config, folder = source.config, source.folder if source.format != "intern_vit_6b" else None
         return Peer(config=config, names=tuple(kept), read=lambda name: source.shards.read(kept[name]), folder=folder, cast=cast)
     beginnings = ("vision.",) if part == "vision" else ("decoder.", "head.")
     inside = {relative(default): name for default, name in source.spelled.items() if hf.ours_of(default, source.table).startswith(beginnings)}
     if part == "vision":
-        inside |= {relative(name): name for name in source.shards.entries if name not in taken}
+        inside |= {relative(name): name for name in source.shards.entries if name not in taken and not is_left_behind(name)}
         config = source.config["vision_config"]
     elif source.format == "llava-original":
         config = {**source.config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}

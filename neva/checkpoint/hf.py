@@ -25,9 +25,11 @@ from torch import Tensor
 
 from neva import config as tree
 from neva.checkpoint import stream
+from neva.checkpoint.foreign import check_folder
 from neva.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, digests, few, listing, serialise, sync
 from neva.checkpoint.peers import in_memory
 from neva.checkpoint.shards import Shards, open_shards, read_json
+from neva.data.tokenizer import FILES, PAIRS
 from neva.models import hf, hf_config
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig, resize_positions
@@ -67,17 +69,18 @@ class Source:
     """Chat format that it was trained with, where the folder says so."""
     spelled: Mapping[str, str]
     """Default spelling of each tensor that the table knows -> its name here."""
+    side: int = 0
+    """Side that its processor brings images to; 0 where none says, or where the encoder takes that side for its own."""
 
     @property
     def has_tokenizer(self) -> bool:
-        """Does the folder hold one?"""
-        return any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        """Does the folder hold one that `load_tokenizer` reads?"""
+        return any((self.folder / name).is_file() and (self.folder / PAIRS.get(name, name)).is_file() for name in FILES)
 
 
 def read_source(folder: Path) -> Source:
     """What a folder holds. CheckpointError for a damaged one, ValueError for a family or mechanism that neva does not compute."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; give one that holds config.json and weights.")
+    check_folder(folder)
     config = read_json(folder / "config.json")
     try:
         if config.get("quantization_config"):
@@ -93,7 +96,7 @@ def read_source(folder: Path) -> Source:
 def _read(folder: Path, config: dict[str, Any]) -> Source:
     shards = open_shards(folder)
     image, pixels = image_settings(folder)
-    model_type = config.get("model_type", "")
+    model_type, side = config.get("model_type", ""), 0
     if "mm_vision_tower" in config:
         encoder = VisionConfig(image=336, patch=14, width=config["mm_hidden_size"], layers=24, heads=16, ffn=4096)  # until it is given
         table: Mapping[str, str] = hf.original_table(hf.LLAMA, hf.CLIP)
@@ -101,14 +104,18 @@ def _read(folder: Path, config: dict[str, Any]) -> Source:
         source = {"kind": "vlm", "format": "llava-original", "image": model.image}
     elif model_type == "llava":
         model = hf_config.llava_config(config)
-        text, vision = hf_config.DECODERS[config["text_config"].get("model_type", "llama")], config["vision_config"]["model_type"]
-        table = hf.llava_table(text.table, hf_config.VISION[vision].table if vision in hf_config.VISION else hf.HF_VISION)
-        model = replace(model, vision=replace(model.vision, **pixels), image=image or ImageConfig(aspect="crop"))
+        family = hf_config.VISION.get(config["vision_config"]["model_type"])
+        text = hf_config.DECODERS[config["text_config"].get("model_type", "llama")]
+        table = hf.llava_table(text.table, family.table if family else hf.HF_VISION)
+        seen, side = _with_pixels(model.vision, pixels, family)
+        model = replace(model, vision=seen, image=image or ImageConfig(aspect="crop" if _is_clip(seen) else "square"))
         source = {"kind": "vlm", "format": "llava", "image": image}
     elif model_type in hf_config.DECODERS:
         model, table = hf_config.decoder_config(config), hf_config.DECODERS[model_type].table
         source = {"kind": "decoder", "format": model_type, "image": None}
     else:
+        if "vision_config" in config and model_type not in WHOLE:
+            raise ValueError(hf_config.unknown(config))
         described = {**config["vision_config"], "model_type": WHOLE[model_type]} if model_type in WHOLE else config
         family = hf_config.VISION.get(described.get("model_type", ""))
         rows = next((entry.shape[0] for name, entry in shards.entries.items() if name.endswith("attn.qkv.weight")), 0)
@@ -116,7 +123,7 @@ def _read(folder: Path, config: dict[str, Any]) -> Source:
         model = hf_config.vision_config(described, select_layer=layer, qkv_rows=rows)
         if model.backend == "hf" and not {"mean", "std"} <= pixels.keys():
             raise ValueError(f"a {described['model_type']} needs a preprocessor_config.json beside it, for image_mean and image_std.")
-        model = replace(model, **{name: value for name, value in pixels.items() if name != "image" or family is None})
+        model, side = _with_pixels(model, pixels, family)
         table = family.table if family else hf.HF_VISION
         source = {"kind": "vision", "format": described["model_type"], "image": image}
         config = described
@@ -124,7 +131,18 @@ def _read(folder: Path, config: dict[str, Any]) -> Source:
     if isinstance(seen, VisionConfig) and seen.backend == "hf":
         shards = in_memory(shards, seen.hf_config, prefix="vision_tower." if source["kind"] == "vlm" else "")
     spelled = hf.default_names(shards.entries, table, aliases=source["format"] == "llava")
-    return Source(folder=folder, config=config, model=model, shards=shards, table=table, spelled=spelled, **source)
+    return Source(folder=folder, config=config, model=model, shards=shards, table=table, spelled=spelled, side=side, **source)
+
+
+def _with_pixels(vision: VisionConfig, pixels: Mapping[str, Any], family: hf_config.Family | None) -> tuple[VisionConfig, int]:
+    """An encoder with what its processor says, and the side that is yet to be compared with its own: transformers' own encoders take any."""
+    if family is None:
+        return replace(vision, **pixels), 0
+    return replace(vision, **{name: value for name, value in pixels.items() if name != "image"}), pixels.get("image", 0)
+
+
+def _is_clip(vision: VisionConfig) -> bool:
+    return vision.class_token and vision.pre_norm
 
 
 def image_settings(folder: Path) -> tuple[ImageConfig | None, dict[str, Any]]:
@@ -132,8 +150,8 @@ def image_settings(folder: Path) -> tuple[ImageConfig | None, dict[str, Any]]:
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             processor = read_json(folder / name)
-            if "image_mean" in processor.get("image_processor", processor):
-                return hf_config.image_config(processor)
+            if {"image_mean", "size"} & processor.get("image_processor", processor).keys():
+                return hf_config.image_config(processor, name)
     return None, {}
 
 
@@ -173,6 +191,8 @@ class Plan:
     warnings: tuple[str, ...]
     cast: torch.dtype | None
     """The dtype to convert to; None keeps each tensor's own."""
+    seed: int
+    """Seed that the new tensors are drawn from."""
 
 
 def plan(sources: Sequence[Source], options: Options) -> Plan:
@@ -180,7 +200,7 @@ def plan(sources: Sequence[Source], options: Options) -> Plan:
 
     ValueError where they do not make a model; CheckpointError naming every tensor that is missing, unexpected, or of another shape.
     """
-    model, vision, warnings = _compose(sources, options)
+    model, vision, warnings = compose(sources, options)
     with torch.device("meta"):
         modules = VLM(model if model is not None else _around(vision))
     parts = ("",) if model is not None else ("vision.",)
@@ -211,11 +231,12 @@ def plan(sources: Sequence[Source], options: Options) -> Plan:
     )
     return Plan(
         model=model, vision=vision, sources=tuple(sources), tensors=tensors, read=reader.read, new=tuple(new),
-        unused=_unused(sources, givers.values()), warnings=tuple(warnings), cast=DTYPES.get(options.dtype),
+        unused=_unused(sources, givers.values()), warnings=tuple(warnings), cast=DTYPES.get(options.dtype), seed=options.seed,
     )  # fmt: skip
 
 
-def _compose(sources: Sequence[Source], options: Options) -> tuple[VLMConfig | None, VisionConfig | None, list[str]]:
+def compose(sources: Sequence[Source], options: Options) -> tuple[VLMConfig | None, VisionConfig | None, list[str]]:
+    """The whole model's config (None for an encoder alone), the encoder's, and warnings. ValueError where the sources make no model."""
     kinds = [source.kind for source in sources]
     by_kind = dict(zip(kinds, sources, strict=True))
     if sorted(kinds) not in (["vlm"], ["decoder"], ["vision"], ["decoder", "vision"], ["vision", "vlm"]):
@@ -223,6 +244,7 @@ def _compose(sources: Sequence[Source], options: Options) -> tuple[VLMConfig | N
     warnings: list[str] = []
     if kinds == ["vision"]:
         (vision,) = tree.override((sources[0].model,), options.overrides)
+        _check_side(sources, vision, "image", options)  # type: ignore[arg-type]
         return None, vision, warnings  # type: ignore[return-value]
     image = next((source.image for source in sources if source.image), None)
     seen: Any = by_kind["vision"].model if "vision" in by_kind else None
@@ -231,7 +253,8 @@ def _compose(sources: Sequence[Source], options: Options) -> tuple[VLMConfig | N
         model: Any = whole.model
         if whole.format in WITHOUT_ENCODER:
             if seen is None:
-                raise ValueError(f"{whole.folder} ({whole.format}) does not hold its encoder's weights: give the encoder's folder with --vision")
+                held = f"{whole.folder} ({whole.format}) does not hold its encoder"
+                raise ValueError(f"{held}: give the encoder's folder with --vision, in a recipe with init.vision=FOLDER")
             own: Any = whole.model.vision  # type: ignore[union-attr]
             seen = replace(seen, select_layer=own.select_layer, feature=own.feature if seen.class_token else "patch")
             model = replace(whole.model, vision=seen)  # type: ignore[type-var]
@@ -239,12 +262,24 @@ def _compose(sources: Sequence[Source], options: Options) -> tuple[VLMConfig | N
             raise ValueError(f"{whole.folder} brings its own encoder; --vision goes with --decoder, or with a LLaVA of the original repository")
     else:
         decoder: Any = by_kind["decoder"].model
-        settings = image or ImageConfig(aspect="pad" if seen is not None and seen.class_token and seen.pre_norm else "square")
+        settings = image or ImageConfig(aspect="pad" if seen is not None and _is_clip(seen) else "square")
         model = VLMConfig(decoder=decoder, vision=seen, projector=options.projector or ("mlp2x_gelu" if seen is not None else "none"), image=settings)
     if model.vision is not None and image is None:
         warnings.append(f"no preprocessor_config.json: images are treated as the encoder's family does (aspect={model.image.aspect})")
     (model,) = tree.override((model,), options.overrides)
+    _check_side(sources, model.vision, "vision.image", options)
     return model, model.vision, warnings
+
+
+def _check_side(sources: Sequence[Source], vision: VisionConfig | None, key: str, options: Options) -> None:
+    """ValueError where a processor gives the encoder images of another size than it takes, and nobody said which of the two is meant."""
+    said = any(text.partition("=")[0].strip() == key for text in options.overrides)
+    for source in sources:
+        if vision is not None and source.side not in (0, vision.image) and not said:
+            raise ValueError(
+                f"{source.folder}: its processor brings images to {source.side} pixels, its encoder takes {vision.image}: say {key}={source.side} to "
+                f"`neva import` to resize the position embeddings, or {key}={vision.image} to bring images to that"
+            )
 
 
 def _around(vision: VisionConfig | None) -> VLMConfig:
@@ -312,19 +347,25 @@ def _excused(source: Source, name: str, vision: VisionConfig | None) -> bool:
         return True
     if ours == "head.weight":  # a tied model's second copy; an untied one takes it
         return True
+    return is_left_behind(name)
+
+
+def is_left_behind(name: str) -> bool:
+    """Is it a tensor that no reader misses: an old buffer, or of a text tower?"""
     return any(re.fullmatch(pattern, relative(name)) for pattern in hf.UNUSED)
 
 
 def _unused(sources: Sequence[Source], givers: Iterable[tuple[Source, hf.Origin]]) -> dict[str, tuple[Source, str]]:
-    """Tensors to keep for an export: those of vision towers, and a tied model's second copy of the head. A text tower is left behind."""
+    """Tensors to keep for an export: those of vision towers, and a tied model's second copy of the head."""
     taken = {(source.folder, theirs) for source, made in givers for theirs in made.theirs}
     kept = {}
     for source in sources:
         known = {name: default for default, name in source.spelled.items()}
         for name in source.shards.entries:
             default = known.get(name, name)
-            elsewhere = source.format in WITHOUT_ENCODER and hf.ours_of(default, source.table).startswith("vision.")
-            if (source.folder, default) in taken or elsewhere or re.match(r"(text_model\.|text_projection|logit_|visual_projection)", name):
+            ours = hf.ours_of(default, source.table)
+            elsewhere = source.format in WITHOUT_ENCODER and ours.startswith("vision.")
+            if (source.folder, default) in taken or elsewhere or (not ours and is_left_behind(default)):
                 continue
             kept[relative(default)] = (source, name)
     return kept
@@ -371,12 +412,9 @@ class _Reader:
 
 
 def write(
-    chosen: Plan, out: Path, *, described: Mapping[str, Any], write_tokenizer: Callable[[Path], None] | None, tick: Callable[[int], None]
-) -> Path:
-    """Write the checkpoint to `out.tmp`, which goes on from a cut-off import of the same files. `publish` makes it `out`."""
-    if out.exists():
-        raise ValueError(f"{out} exists already; name another folder with --out, or remove it")
-    temporary = out.with_name(out.name + ".tmp")
+    chosen: Plan, temporary: Path, *, described: Mapping[str, Any], write_tokenizer: Callable[[Path], None] | None, tick: Callable[[int], None]
+) -> None:
+    """Write the checkpoint to the folder `temporary`, going on from a cut-off import of the same there. `publish` gives it its name."""
     mark, ours = temporary / "import.json", _fingerprint(chosen)
     if temporary.exists() and not (mark.is_file() and mark.read_text() == ours):
         shutil.rmtree(temporary)
@@ -384,11 +422,12 @@ def write(
     mark.write_text(ours)
     if not (temporary / "weights" / ".metadata").exists():
         stream.write(temporary / "weights", chosen.tensors, chosen.read, tick=tick)
+    for name in ("source", "tokenizer"):  # small, and made anew: files of a source that has lost them since would stay
+        shutil.rmtree(temporary / name, ignore_errors=True)
     _write_source(chosen, temporary / "source")
     if write_tokenizer is not None:
         write_tokenizer(temporary / "tokenizer")
     write_config(temporary, described)
-    return temporary
 
 
 def write_config(folder: Path, described: Mapping[str, Any]) -> None:
@@ -417,10 +456,12 @@ def describe(chosen: Plan, options: Options, template: str) -> dict[str, Any]:
 
 def _fingerprint(chosen: Plan) -> str:
     """What an import is of: another of the same may go on from its leftovers."""
-    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for source in chosen.sources for file in source.shards.files]
+    named = [file for source in chosen.sources for place in source.shards.files for file in (place.rglob("*") if place.is_dir() else [place])]
+    files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in named if file.is_file())
     tensors = [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in chosen.tensors.items()]
     config = tree.to_dict(chosen.model if chosen.model is not None else chosen.vision)
-    return hashlib.sha256(json.dumps([files, tensors, config, list(chosen.new)]).encode()).hexdigest()
+    new = [list(chosen.new), chosen.seed] if chosen.new else []
+    return hashlib.sha256(json.dumps([files, tensors, config, new]).encode()).hexdigest()
 
 
 def _write_source(chosen: Plan, folder: Path) -> None:
@@ -436,4 +477,9 @@ def _write_source(chosen: Plan, folder: Path) -> None:
         (own / KEYS).write_text(json.dumps(odd, indent=1))
         unused = {name: giver.shards.read(stored) for name, (giver, stored) in chosen.unused.items() if giver is source}
         if unused:
-            save_file({name: tensor.to(chosen.cast or tensor.dtype).contiguous() for name, tensor in unused.items()}, own / UNUSED)
+            save_file({name: as_dtype(tensor, chosen.cast).contiguous() for name, tensor in unused.items()}, own / UNUSED)
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Floating-point numbers in another dtype, if one is given; numbers of positions and the like as they are."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

@@ -9,6 +9,7 @@ import torch
 
 from neva import config as tree
 from neva.checkpoint import index, store
+from neva.checkpoint.foreign import is_foreign
 from neva.checkpoint.hf import read_source
 from neva.checkpoint.manifest import find
 from neva.data.tokenizer import load_tokenizer
@@ -22,7 +23,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
     A neva checkpoint is verified against its manifest byte by byte. ValueError for what is neither that nor a folder that can be imported.
     """
-    if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
+    if is_foreign(path):
         return _folder(path)
     folder = find(path)
     manifest = store.verify(folder)
@@ -47,6 +48,7 @@ def _folder(path: Path) -> dict[str, Any]:
     source = read_source(path)
     tensors = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in source.shards.entries.items()}
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    text = {} if source.kind == "vision" else {"tokenizer": f"{load_tokenizer(path).size} tokens" if source.has_tokenizer else "none"}
     return {
         "folder": str(path),
         "format": source.format,
@@ -56,7 +58,7 @@ def _folder(path: Path) -> dict[str, Any]:
         "dtypes": _dtypes(tensors),
         "files": len(source.shards.files),
         "tensors": len(tensors),
-        "tokenizer": f"{load_tokenizer(path).size} tokens" if source.has_tokenizer else "none",
+        **text,
     }
 
 

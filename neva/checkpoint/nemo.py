@@ -13,6 +13,7 @@ the classes of DCP's index.
 
 import json
 import re
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from torch import Tensor
 from neva.checkpoint import index
 from neva.checkpoint.hf import Source
 from neva.checkpoint.manifest import CheckpointError, few
-from neva.checkpoint.nemo_config import TEMPLATES, clip_config, decoder_config, llm, of_nemo2, vlm_config
+from neva.checkpoint.nemo_config import TEMPLATES, clip_config, decoder_config, llm, of_nemo2, section, vlm_config
 from neva.checkpoint.shards import Entry, Shards, load_torch
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
@@ -108,16 +109,30 @@ def is_nemo(path: Path) -> bool:
     return path.suffix == ".nemo" or (path / "model_config.yaml").is_file() or (path / "context" / "model.yaml").is_file()
 
 
+def is_neva(path: Path) -> bool:
+    """Is this NeMo checkpoint a NeVA, whose encoder is a checkpoint of its own? An archive is not unpacked for the answer."""
+    if not path.is_file():
+        described = _yaml(path / "model_config.yaml") if (path / "model_config.yaml").is_file() else {}
+    else:
+        try:
+            with tarfile.open(path) as archive:
+                member = next((m for m in archive if Path(m.name).name == "model_config.yaml" and m.isfile()), None)
+                described = yaml.safe_load(archive.extractfile(member)) if member else {}  # type: ignore[arg-type]
+        except (tarfile.TarError, OSError, EOFError, yaml.YAMLError):
+            return False  # what reads it whole says what is wrong with it
+    return isinstance(described, dict) and "mm_cfg" in described.get("model", described)
+
+
 def read_nemo(path: Path, scratch: Path) -> Source:
     """What a NeMo checkpoint holds; an archive is unpacked to `scratch`. CheckpointError for a damaged or unsafe one, ValueError for
     what neva does not compute."""
     folder = _unpacked(path, scratch) if path.is_file() else path
     two = (folder / "context" / "model.yaml").is_file()
     config = _yaml(folder / "context" / "model.yaml" if two else folder / "model_config.yaml")
-    described = of_nemo2(config.get("config", config)) if two else config.get("model", config)
+    described = of_nemo2(config.get("config", config)) if two else section(config, "model") or config
     try:
         if "vision" in described and "text" in described:
-            return _clip(folder, described["vision"])
+            return _clip(folder, section(described, "vision"))
         decoder = decoder_config(described)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: model_config.yaml lacks {error}") from None
@@ -126,7 +141,7 @@ def read_nemo(path: Path, scratch: Path) -> Source:
     decoder = replace(decoder, vocab=tensors["decoder.embed.weight"].entry.shape[0] if "decoder.embed.weight" in tensors else decoder.vocab)
     model: Any = decoder
     kind = "decoder"
-    if "mm_cfg" in described:
+    if described.get("mm_cfg"):
         model, kind = vlm_config(described, decoder), "vlm"
         tensors = {_shifted(name, described["mm_cfg"]): piece for name, piece in tensors.items()}
     shards = NemoShards(entries={name: piece.entry for name, piece in tensors.items()}, pieces=tensors)
@@ -365,24 +380,51 @@ def _unfuse(fused: Tensor, heads: int, groups: int, head: int) -> dict[str, Tens
 
 def _unpacked(path: Path, scratch: Path) -> Path:
     """An archive's files, in `scratch`; members that would land elsewhere are refused by tarfile's data filter."""
-    done = scratch / "unpacked"
-    if done.is_file():
+    done, stamp = scratch / "unpacked", f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    if done.is_file() and done.read_text() == stamp:
         return scratch
+    shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True, exist_ok=True)
     try:
         with tarfile.open(path) as archive:
             archive.extractall(scratch, filter="data")
+            assert archive.fileobj is not None
+            archive.fileobj.seek(archive.offset)
+            if not archive.fileobj.read(tarfile.BLOCKSIZE):  # tarfile takes the end of a file between two members for the archive's end
+                raise EOFError("it has no end")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise CheckpointError(f"{path} cannot be unpacked ({type(error).__name__}: {error}): it is damaged or cut off.") from None
-    done.touch()
+    done.write_text(stamp)
     return scratch
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The model_config.yaml of an archive or its unpacked folder; no weights are read. CheckpointError where there is none."""
+    if path.is_dir():
+        return _yaml(path / "model_config.yaml")
+    try:
+        with tarfile.open(path) as archive:
+            member = next((m for m in archive if m.isfile() and Path(m.name).name == "model_config.yaml"), None)
+            file = archive.extractfile(member) if member else None
+            if file is None:
+                raise CheckpointError(f"{path} holds no model_config.yaml: it is no NeMo checkpoint.")
+            return _mapping(path, file.read())
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise CheckpointError(f"{path} cannot be unpacked ({type(error).__name__}: {error}): it is damaged or cut off.") from None
 
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        return _mapping(path, path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _mapping(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds no mapping.")
     return loaded

@@ -25,6 +25,8 @@ DTYPES = {
 """Name of a dtype in a safetensors header -> torch's."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin")
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the text begins that Git leaves in place of a large file where LFS did not run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +97,20 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise CheckpointError(lfs_pointer(path) or f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object of names and values.")
     return value
+
+
+def lfs_pointer(path: Path) -> str:
+    """What to say of a file in whose place lies a Git-LFS pointer; empty for any other."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) != POINTER:
+            return ""
+    return f"{path} is a Git-LFS pointer, not the file itself: run `git lfs pull` in its folder, or download the file."
 
 
 def load_torch(path: Path) -> dict[str, Tensor]:
@@ -168,6 +180,8 @@ class _named:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and (pointer := lfs_pointer(self.path)):
+            raise CheckpointError(pointer) from None
         if isinstance(error, pickle.UnpicklingError):
             reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error).splitlines()[0])
             raise CheckpointError(f"{self.path} is refused: besides tensors it would run code ({reason.strip()}).") from None

@@ -5,7 +5,9 @@ until the last one is done.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,23 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 UNIT = 2**30
 """Bytes of a unit; a larger tensor is one by itself."""
+
+
+def staging(out: Path) -> Path:
+    """The folder that becomes `out` when it is whole. ValueError if `out` is there already."""
+    if out.exists():
+        raise ValueError(f"{out} exists already; name another folder with --out, or remove it")
+    return out.with_name(out.name + ".tmp")
+
+
+@contextmanager
+def removed_if_refused(folder: Path) -> Iterator[None]:
+    """Removes the folder where what is done within is refused (a ValueError); what a kill or a full disk leaves stays, to go on from."""
+    try:
+        yield
+    except ValueError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def units(sizes: Mapping[str, int]) -> list[list[str]]:

@@ -199,7 +199,7 @@ def _peer_vision(config: Json, select_layer: int, feature: Feature) -> VisionCon
     """A transformers vision model that runs as it is."""
     missing = [name for name in ("model_type", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if name not in config]
     if missing:
-        raise ValueError(f"config.json has no {', '.join(missing)}: it is no vision model of transformers.")
+        raise ValueError(f"{unknown(config)} (which need {', '.join(missing)} in their config.json)")
     patch, patches = _square(config["patch_size"]), config.get("num_patches")
     image = _square(config["image_size"]) if "image_size" in config else int(patches**0.5) * patch if patches else 224
     return VisionConfig(
@@ -251,27 +251,40 @@ def original_config(config: Json, vision: VisionConfig) -> VLMConfig:
     )
 
 
-def image_config(processor: Json) -> tuple[ImageConfig, dict[str, Any]]:
+def unknown(config: Json) -> str:
+    """What to say of a model that none of ours computes."""
+    known = f"llava, the decoders {', '.join(DECODERS)}, the encoders clip, siglip, {', '.join(VISION)}, and other vision models of transformers"
+    return f"config.json says model_type={config.get('model_type')!r}, which is not supported yet; there are {known}"
+
+
+def image_config(processor: Json, file: str = "preprocessor_config.json") -> tuple[ImageConfig, dict[str, Any]]:
     """From a preprocessor_config.json: how an image is brought to size, and the encoder's fields image, mean and std.
 
     ValueError for a step that we do not do.
     """
     p = processor.get("image_processor", processor)
-    _must(p, {"do_normalize": True, "do_rescale": True, "do_resize": True})
+    _must(p, {"do_normalize": True, "do_rescale": True, "do_resize": True}, file)
     if abs(p.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise ValueError(f"preprocessor_config.json says rescale_factor={p['rescale_factor']}; only 1/255 can be imported.")
-    size, crop = p.get("size", {}), p.get("crop_size", {})
-    size = {"shortest_edge": size} if isinstance(size, int) else size
+        raise ValueError(f"{file} says rescale_factor={p['rescale_factor']}; only 1/255 can be imported.")
+    size, crop = p.get("size"), p.get("crop_size", {})
+    kind = str(p.get("image_processor_type", p.get("feature_extractor_type", "CLIP")))
+    if isinstance(size, int):  # the shortest edge for processors that crop, a square for others
+        size = {"shortest_edge": size} if p.get("do_center_crop", "CLIP" in kind or "Llava" in kind) else {"height": size, "width": size}
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    cropped = p.get("do_center_crop", "shortest_edge" in size)
-    side = size.get("shortest_edge") or size.get("height")
-    if cropped and "shortest_edge" not in size:
-        raise ValueError(f"preprocessor_config.json crops after a resize to {dict(size)}; only a resize of the shortest edge can be imported.")
+    size = {name: value for name, value in size.items() if value is not None} if isinstance(size, Mapping) else {}
+    padded, cropped = p.get("do_pad"), p.get("do_center_crop", "shortest_edge" in size)
+    side = size.get("shortest_edge", size.get("height"))
+    # Of a padded square all edges are the shortest.
+    legal = {"shortest_edge": side} if cropped or (padded and "shortest_edge" in size) else {"height": side, "width": side}
+    if not side or size != legal:
+        said = f"{file} says size={p.get('size')!r}{', and then a crop' if cropped else ''}"
+        raise ValueError(f"{said}; a square (equal height and width), or shortest_edge and then a crop to it, can be imported.")
     if cropped and crop and (crop.get("height"), crop.get("width")) != (side, side):
-        raise ValueError(f"preprocessor_config.json resizes to {side} and crops to {dict(crop)}; only equal sizes can be imported.")
-    if not cropped and size.get("height") != size.get("width"):
-        raise ValueError(f"preprocessor_config.json resizes to {dict(size)}, which is no square.")
-    aspect = "pad" if p.get("do_pad") else "crop" if cropped else "square"
+        raise ValueError(f"{file} resizes to {side} and crops to {dict(crop)}; only equal sizes can be imported.")
+    if p.get("resample", 3) not in RESAMPLE:
+        filters = ", ".join(f"{number} ({name})" for number, name in RESAMPLE.items())
+        raise ValueError(f"{file} says resample={p['resample']!r}; {filters} can be imported.")
+    aspect = "pad" if padded else "crop" if cropped else "square"
     found = {"image": side, "mean": tuple(p["image_mean"]) if "image_mean" in p else None, "std": tuple(p["image_std"]) if "image_std" in p else None}
     resample: Any = RESAMPLE[p.get("resample", 3)]
     return ImageConfig(aspect=aspect, resample=resample), {name: value for name, value in found.items() if value}  # type: ignore[arg-type]
@@ -290,12 +303,15 @@ def decoder_json(config: DecoderConfig, source: Json | None = None) -> dict[str,
     failures: list[list[str]] = []
     for model_type in types:
         family = DECODERS[model_type]
-        written = {"architectures": [family.architecture], "model_type": model_type, **_json(family, plain), **_rotary_json(plain)}
+        c = {**family.defaults, **(source or {})}
+        written = {"architectures": [family.architecture], "model_type": model_type, **_json(family, plain), **_rotary_json(plain, c)}
         if source is not None:
-            before = _json(family, _untrained(decoder_config(source)))
-            same = _untrained(decoder_config(source)).rope_scaling == plain.rope_scaling and decoder_config(source).rope_theta == plain.rope_theta
-            rotary = {} if same else _rotary_json(plain)
-            written = {**source, **{name: value for name, value in _json(family, plain).items() if before[name] != value}, **rotary}
+            old = _untrained(decoder_config(source))
+            before = _json(family, old)
+            written = {**source, **{name: value for name, value in _json(family, plain).items() if before[name] != value}}
+            if {"rope_theta", "rope_scaling", "rotary_fraction"} & {*differing(old, plain)}:
+                # `rope_parameters`, as transformers 5 spells them, would be read in place of the others.
+                written = {name: value for name, value in written.items() if name != "rope_parameters"} | _rotary_json(plain, c)
         failures.append(differing(plain, _untrained(decoder_config(written))))
         if not failures[-1]:
             return written
@@ -385,11 +401,11 @@ def _family(config: Json, families: Mapping[str, Family]) -> Family:
     return families[model_type]
 
 
-def _must(config: Json, legal: Json) -> None:
+def _must(config: Json, legal: Json, file: str = "config.json") -> None:
     """ValueError where a field says something that our model does not compute."""
     for name, value in legal.items():
         if config.get(name, value) != value and config[name] is not None:
-            raise ValueError(f"config.json says {name}={config[name]!r}, which this model does not compute; only {value!r} can be imported.")
+            raise ValueError(f"{file} says {name}={config[name]!r}, which this model does not compute; only {value!r} can be imported.")
 
 
 def _values(family: Family, c: Json) -> dict[str, Any]:
@@ -434,11 +450,11 @@ def _rotary(c: Json) -> dict[str, Any]:
     return found
 
 
-def _rotary_json(config: DecoderConfig) -> dict[str, Any]:
-    """The spelling that every version of transformers and vLLM reads."""
+def _rotary_json(config: DecoderConfig, c: Json) -> dict[str, Any]:
+    """The spelling that every version of transformers and vLLM reads; `c` is what is said already."""
     s = config.rope_scaling
     written: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": None}
-    if config.rotary_fraction != 1:
+    if config.rotary_fraction != 1 or "partial_rotary_factor" in c:
         written["partial_rotary_factor"] = config.rotary_fraction
     if s is not None:
         written["rope_scaling"] = {"rope_type": s.kind, "factor": s.factor}
@@ -448,9 +464,12 @@ def _rotary_json(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _untrained(config: DecoderConfig) -> DecoderConfig:
-    """Without what training alone looks at, and with the head's width in one spelling."""
-    width = None if config.head * config.heads == config.width else config.head
-    return replace(config, embedding_dropout=0.0, hidden_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0, balance=0.0, head_width=width)
+    """Without what training alone looks at or nothing does, and with the head's width in one spelling."""
+    width, scaling = None if config.head * config.heads == config.width else config.head, config.rope_scaling
+    if scaling is not None and scaling.kind != "llama3":
+        scaling = RopeScaling(kind=scaling.kind, factor=scaling.factor)  # the others are llama3's
+    plain = replace(config, embedding_dropout=0.0, hidden_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0, balance=0.0)
+    return replace(plain, head_width=width, rope_scaling=scaling)
 
 
 def _unread(config: VisionConfig) -> VisionConfig:

@@ -1,18 +1,22 @@
 """What a stage's `init` brings besides weights: the model's config, its tokenizer and its chat format, read without loading a tensor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from neva import config as tree
 from neva.checkpoint import store
-from neva.checkpoint.hf import Source, read_source
+from neva.checkpoint.foreign import is_foreign
+from neva.checkpoint.hf import Options, Source, compose, read_source
 from neva.checkpoint.manifest import find
 from neva.job import InitConfig, TrainConfig
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
 from neva.models.vlm import ImageConfig, VLMConfig
+
+Places = Mapping[str, tuple[Path, ...]]
+"""Part of a model -> the checkpoint that it comes from, or the folders that are imported together for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +31,10 @@ class Found:
     template: str = ""
 
 
-def look(path: Path) -> Found:
-    """Read what lies at `path`. ValueError if it is neither a neva checkpoint nor a folder that can be imported."""
-    if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
-        return _of_source(read_source(path))
+def look(path: Path, *more: Path) -> Found:
+    """Read what lies at `path`, of folders what an import of them together makes. ValueError for what is no checkpoint and cannot be imported."""
+    if more or is_foreign(path):
+        return _of_sources([read_source(folder) for folder in (path, *more)])
     folder = find(path)
     described: dict[str, Any] = store.load_config(folder)
     tokenizer = store.tokenizer_folder(folder)
@@ -41,18 +45,18 @@ def look(path: Path) -> Found:
     return Found(model=model, decoder=model.decoder, vision=model.vision, image=model.image if model.vision else None, **text)
 
 
-def _of_source(source: Source) -> Found:
-    tokenizer = str(source.folder) if source.has_tokenizer else ""
-    if isinstance(source.model, VLMConfig):
-        m = source.model
-        return Found(model=m, decoder=m.decoder, vision=m.vision, image=m.image, tokenizer=tokenizer, template="v1")
-    if isinstance(source.model, DecoderConfig):
-        return Found(decoder=source.model, tokenizer=tokenizer)
-    return Found(vision=source.model, image=source.image)
+def _of_sources(sources: list[Source]) -> Found:
+    model, vision, _ = compose(sources, Options())
+    if model is None:
+        return Found(vision=vision, image=sources[0].image)
+    tokenizer = str(sources[0].folder) if sources[0].has_tokenizer else ""
+    if sources[0].kind == "decoder":
+        return Found(decoder=model.decoder, tokenizer=tokenizer)
+    return Found(model=model, decoder=model.decoder, vision=model.vision, image=model.image, tokenizer=tokenizer, template="v1")
 
 
-def fill(stages: tuple[TrainConfig, ...], place: Callable[[str], Path]) -> tuple[TrainConfig, ...]:
-    """The stages with `model`, `data.tokenizer` and `data.template` taken from what their `init` names; `place` gives a path's folder.
+def fill(stages: tuple[TrainConfig, ...], place: Callable[[InitConfig], Places]) -> tuple[TrainConfig, ...]:
+    """The stages with `model`, `data.tokenizer` and `data.template` taken from what their `init` names, which lies where `place` says.
 
     A stage without `init` of its own goes on from the one before, and has its model. What a recipe says of the projector, of how images
     are brought to size and of which features are read stays, unless a whole model is named.
@@ -71,16 +75,16 @@ def fill(stages: tuple[TrainConfig, ...], place: Callable[[str], Path]) -> tuple
     return tuple(filled)
 
 
-def _filled(stage: TrainConfig, place: Callable[[str], Path]) -> TrainConfig:
+def _filled(stage: TrainConfig, place: Callable[[InitConfig], Places]) -> TrainConfig:
     model, tokenizer, template = stage.model, stage.data.tokenizer, stage.data.template
+    places = place(stage.init)
     for part in ("model", "decoder", "vision"):
-        path = getattr(stage.init, part)
-        if path in ("", "fresh"):
+        if part not in places:
             continue
-        found = look(place(path))
+        found = look(*places[part])
         what = getattr(found, part)
         if what is None:
-            raise ValueError(f"stage {stage.name}: init.{part}={path} holds no {part if part != 'model' else 'whole model'}")
+            raise ValueError(f"stage {stage.name}: init.{part}={getattr(stage.init, part)} holds no {part if part != 'model' else 'whole model'}")
         if part == "model":
             model = found.model or model
         elif part == "decoder":

@@ -10,10 +10,13 @@ import transformers as tf
 
 from neva import api
 from neva.checkpoint import index
+from neva.checkpoint.nemo import is_neva
 from neva.recipes.demo import TOKENIZER
 from tests.families import build, clip, llama, on_disk, pair
+from tests.families import llava as vlm
 from tests.nemo import write
-from tests.oracle.test_convert import SIZE, add_text, quiet_load, same_bits, whole
+from tests.oracle.test_convert import SIZE, add_text, original, quiet_load, same_bits, whole
+from tests.oracle.test_nemo import NEVA
 
 TINY = (
     "data.sources=[{mock: {samples: 60, words: [4, 20]}}]", "batch.seq_length=192", "batch.rows=2", "data.workers=0", "steps=3", "precision=fp32",
@@ -103,6 +106,74 @@ def test_a_nemo_decoder_is_trained_on(tmp_path):
     assert stage.model.decoder == replace(both.ours.config.decoder, head_width=None)  # which is what it would be anyway
     place = next((tmp_path / "cache" / "imports").glob("model.nemo-*/manifest.json")).parent
     assert torch.equal(index.read(place / "weights", "decoder.embed.weight"), both.ours.decoder.embed.weight)
+
+
+def llava_without_encoder(folder: Path) -> tuple[str, str]:
+    """A LLaVA of the original repository that reads the encoder's last layer, and that encoder, with room for text."""
+    original(folder, max_position_embeddings=512)
+    described = json.loads((folder / "llava" / "config.json").read_text())
+    (folder / "llava" / "config.json").write_text(json.dumps({**described, "mm_vision_select_layer": -1}))
+    return str(folder / "llava"), str(folder / "clip")
+
+
+def test_a_llava_is_imported_with_its_encoder(tmp_path):
+    """init.model and init.vision of a LLaVA without encoder are one import: the model is that of `neva import`, in a dry run too."""
+    llava, seen = llava_without_encoder(tmp_path)
+    asked = [*TINY, f"init.model={llava}", f"init.vision={seen}", f"out={tmp_path / 'run'}", "optim.lr=0.0"]
+    said: list[str] = []
+    api.dry_run("llava-tiny/finetune", asked, say=said.append)
+    assert not (tmp_path / "cache").exists()  # a dry run reads configs alone
+    last = api.train("llava-tiny/finetune", asked, say=said.append)
+    assert sum("Importing" in line for line in said) == 1
+    whole = api.import_checkpoint([llava, seen], tmp_path / "neva", say=said.append)
+    names = index.stored(whole / "weights")
+    assert names.keys() == index.stored(last / "weights").keys()
+    assert all(torch.equal(index.read(whole / "weights", name), index.read(last / "weights", name)) for name in names)
+    (stage,) = api.recipe("llava-tiny/finetune", asked)
+    assert stage.model.vision.select_layer == -1 and stage.model.image.aspect == "pad"
+    out = api.export_checkpoint(last, tmp_path / "out", say=said.append)
+    quiet_load(tf.LlavaForConditionalGeneration, out)
+
+
+@pytest.mark.parametrize("part", ["decoder", "projector"])
+def test_a_part_of_a_llava_without_encoder(part, tmp_path):
+    """Its decoder or projector alone comes out of the same import, beside the encoder, which is imported by itself."""
+    llava, seen = llava_without_encoder(tmp_path)
+    asked = [*TINY, f"init.{part}={llava}", f"init.vision={seen}", f"out={tmp_path / 'run'}", "optim.lr=0.0"]
+    asked += ["model.projector=mlp2x_gelu", "model.decoder.width=48"] if part == "projector" else []
+    last = api.train("llava-tiny/finetune", asked, say=lambda text: None)
+    name, theirs = {"decoder": ("decoder.embed.weight", "model.embed_tokens.weight"), "projector": ("projector.0.weight",) * 2}[part]
+    state = torch.load(Path(llava) / "pytorch_model.bin", weights_only=True)
+    assert torch.equal(index.read(last / "weights", name), state[theirs.replace("projector.", "model.mm_projector.")])
+
+
+def test_a_neva_is_imported_with_its_encoder(tmp_path):
+    """The same of a NeMo archive, whose config is read without unpacking it."""
+    both = pair(vlm(llama(vocab_size=390, max_position_embeddings=512)), tmp_path / "hf")
+    both.theirs.model.vision_tower.save_pretrained(tmp_path / "clip")
+    archive = write(tmp_path / "neva.nemo", dict(both.ours.named_parameters()), both.ours.config.decoder, core=True, more=NEVA)
+    assert is_neva(archive) and not list(tmp_path.glob("*unpacked*"))
+    asked = [*TINY, f"init={archive}", f"init.vision={tmp_path / 'clip'}", f"data.tokenizer={TOKENIZER}", f"out={tmp_path / 'run'}", "optim.lr=0.0"]
+    last = api.train("llava-tiny/finetune", asked, say=lambda text: None)
+    assert len(list((tmp_path / "cache" / "imports").glob("*/manifest.json"))) == 1
+    assert torch.equal(index.read(last / "weights", "projector.2.weight"), both.ours.projector[2].weight)
+
+
+def test_a_llava_without_its_encoder_is_refused_before_anything_starts(tmp_path):
+    """The message names the key of a recipe; an encoder that is a checkpoint of ours cannot be imported with it."""
+    llava, seen = llava_without_encoder(tmp_path)
+    for more in ([], [f"init.vision={api.import_checkpoint([seen], tmp_path / 'seen', say=lambda text: None)}"]):
+        with pytest.raises(ValueError, match=r"llava \(llava-original\) does not hold its encoder: give .* in a recipe with init.vision=FOLDER"):
+            api.dry_run("llava-tiny", [*TINY, f"init={llava}", *more, f"out={tmp_path / 'run'}"], say=lambda text: None)
+
+
+def test_a_processor_of_another_size_is_refused_before_anything_starts(tmp_path):
+    """What an import of the encoder would refuse, a dry run refuses."""
+    _, seen = parts(tmp_path)
+    settings = {"size": {"height": 56, "width": 56}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "seen" / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="brings images to 56 pixels, its encoder takes 28"):
+        api.dry_run("llava-tiny", [*TINY, f"init.vision={seen}", f"out={tmp_path / 'run'}"], say=lambda text: None)
 
 
 def test_what_was_asked_for_comes_before_what_init_brings(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import pickle
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +111,17 @@ def test_nemo_2(tmp_path):
     assert difference(tmp_path / "neva", both) < 1e-4
 
 
+def test_nulls(tmp_path):
+    """A null in a config is what NeMo takes where nothing stands."""
+    both = pair(llama(), tmp_path / "hf")
+    c = both.ours.config.decoder
+    nulls = dict.fromkeys(("rotary_base", "rotary_percentage", "hidden_dropout", "ffn_dropout", "layernorm_epsilon", "kv_channels", "mm_cfg"))
+    archive = write(tmp_path / "model.nemo", dict(both.ours.named_parameters()), c, core=True, more=nulls)
+    api.import_checkpoint([archive], tmp_path / "neva", parity=False, say=lambda text: None)
+    expected = replace(c, head_width=None, rope_theta=1e4, eps=1e-5, hidden_dropout=0.1, embedding_dropout=0.1)
+    assert load_text(tmp_path / "neva").config.decoder == expected
+
+
 NEVA = {
     "mm_cfg": {"llm": {"model_type": "v1"}, "mm_mlp_adapter_type": "mlp2x_gelu", "use_im_start_end": False,
                "vision_encoder": {"patch_dim": 14, "crop_size": [28, 28], "hidden_size": 32, "vision_select_layer": -2, "class_token_length": 1}},
@@ -127,6 +139,20 @@ def test_neva(core, tmp_path):
         api.import_checkpoint([archive], tmp_path / "neva")
     api.import_checkpoint([archive, tmp_path / "clip"], tmp_path / "neva", say=lambda text: None)
     assert difference(tmp_path / "neva", both) < 1e-4
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"data": {"image_aspect_ratio": "keep"}}, "image_aspect_ratio='keep' is not built"),
+    ({"mm_cfg": {**NEVA["mm_cfg"], "vision_encoder": {"crop_size": [28, 14]}}}, "crop_size: .* is no square"),
+    ({"mm_cfg": {**NEVA["mm_cfg"], "vision_encoder": {"vision_select_feature": "both"}}}, "neither patch nor cls_patch"),
+    ({"mm_cfg": {**NEVA["mm_cfg"], "vision_encoder": "clip"}}, "vision_encoder: 'clip' is no mapping"),
+])  # fmt: skip
+def test_refused_neva(changes, said, tmp_path):
+    """What a NeVA's config says of images and neva does not do."""
+    both = pair(llava(llama(vocab_size=72)), tmp_path / "hf")
+    archive = write(tmp_path / "neva.nemo", dict(both.ours.named_parameters()), both.ours.config.decoder, core=True, more={**NEVA, **changes})
+    with pytest.raises(ValueError, match=said):
+        api.import_checkpoint([archive], tmp_path / "neva")
 
 
 def test_downsampling_projector(tmp_path):
@@ -222,6 +248,13 @@ def rewrite(path: Path, change) -> None:
             archive.addfile(info, io.BytesIO(content))
 
 
+def cut_off_between_files(path: Path) -> str:
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1]
+    path.write_bytes(path.read_bytes()[: last.offset])
+    return "model.nemo cannot be unpacked .*it has no end"
+
+
 def runs_code(path: Path) -> str:
     buffer = io.BytesIO()
     torch.save({"x": Evil()}, buffer, pickle_module=pickle)
@@ -248,6 +281,19 @@ def odd_mechanism(path: Path) -> str:
     return "activation='reglu', position_embedding_type='alibi'"
 
 
+def configured(**values) -> Callable[[Path], str]:
+    """The config with other values; what is said names the first."""
+
+    def damage(path: Path) -> str:
+        def change(members: dict) -> None:
+            members["./model_config.yaml"] = yaml.safe_dump({**yaml.safe_load(members["./model_config.yaml"]), **values}).encode()
+
+        rewrite(path, change)
+        return f"{next(iter(values))}: "
+
+    return damage
+
+
 def more_layers(path: Path) -> str:
     def change(members: dict) -> None:
         config = yaml.safe_load(members["./model_config.yaml"])
@@ -257,14 +303,17 @@ def more_layers(path: Path) -> str:
     return "'decoder.blocks.3.attention_norm.weight' is missing"
 
 
-@pytest.mark.parametrize("damage", [cut_off, runs_code, climbs_out, lost_rank, odd_mechanism, more_layers])
+@pytest.mark.parametrize("damage", [
+    cut_off, cut_off_between_files, runs_code, climbs_out, lost_rank, odd_mechanism, more_layers, configured(hidden_size=[48]),
+    configured(hidden_dropout="some"), configured(window_size=4096), configured(mm_cfg="clip"),
+])  # fmt: skip
 def test_refused(damage, tmp_path, capsys):
     """Each is refused with the file and the reason; nothing half-written remains, nothing runs, nothing lands outside."""
     path = good(tmp_path)
     said = damage(path)
     with pytest.raises(ValueError, match=said):
         api.import_checkpoint([path], tmp_path / "deep" / "neva")
-    assert not (tmp_path / "deep" / "neva").exists() and not (tmp_path / "evil.txt").exists()
+    assert not list(tmp_path.glob("deep/*")) and not (tmp_path / "evil.txt").exists()
     assert "ran" not in capsys.readouterr().out
 
 

@@ -1,0 +1,37 @@
+"""What lies at a path, by its looks: a model to import, or something that is only taken for one, and then what to do with it."""
+
+from pathlib import Path
+
+from neva.checkpoint.manifest import MANIFEST, CheckpointError, few, published
+
+LORA = "adapter_config.json"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+
+
+def is_foreign(path: Path) -> bool:
+    """Is this for an import to read, or to refuse, and no checkpoint of ours?"""
+    looks = any((path / name).is_file() for name in ("config.json", LORA)) or any(path.glob("*.gguf"))
+    return looks and not (path / MANIFEST).is_file()
+
+
+def check_folder(folder: Path) -> None:
+    """CheckpointError, with what to do, for what is no folder of Hugging Face's making with a whole model in it."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "is not there"
+        raise CheckpointError(f"{folder} {what}: give the folder that holds config.json and the weights, or hf:org/name.")
+    described = (folder / "config.json").is_file()
+    if not described and ((folder / MANIFEST).is_file() or (folder / "checkpoints").is_dir() or published(folder)):
+        raise CheckpointError(f"{folder} is a checkpoint of neva already: give it to train (init=PATH), generate or export as it is.")
+    whole = [file for pattern in WEIGHTS for file in folder.glob(pattern) if not file.name.startswith("adapter_model")]
+    if (folder / LORA).is_file() and not whole:
+        raise CheckpointError(
+            f"{folder} holds a LoRA adapter ({LORA}), not a model: merge it into its base with peft "
+            f"(merge_and_unload, then save_pretrained) and import the result."
+        )
+    if any(folder.glob("*.gguf")) and not whole:
+        raise CheckpointError(f"{folder} holds GGUF files, which neva does not read: import the folder of safetensors that they were made from.")
+    if not described:
+        there = few(sorted(path.name for path in folder.iterdir()))
+        raise CheckpointError(
+            f"{folder} has no config.json, it {f'holds {there}' if there else 'is empty'}: give a Hugging Face folder with a model."
+        )
