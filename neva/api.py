@@ -12,11 +12,12 @@ from pathlib import Path
 from neva import config as tree
 from neva import plan, recipes
 from neva.checkpoint.convert import import_model, lacks_encoder
-from neva.checkpoint.export import ExportOptions, export
+from neva.checkpoint.export import export
 from neva.checkpoint.foreign import is_foreign
 from neva.checkpoint.hf import Options
 from neva.checkpoint.inspect import inspect as describe
 from neva.checkpoint.nemo import is_nemo
+from neva.checkpoint.target import ExportOptions
 from neva.data.sample import MARKER, Picture, Sample, Turn
 from neva.data.source import LlavaSource
 from neva.evaluate import report

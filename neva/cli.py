@@ -252,7 +252,7 @@ def convert_config(path: str, out: str | None) -> None:
 def export(checkpoint: str, out: str, target: str, no_parity: bool, **options: Any) -> None:
     """Write CKPT as a Hugging Face folder that transformers and vLLM load."""
     from neva import api
-    from neva.checkpoint.export import ExportOptions
+    from neva.checkpoint.target import ExportOptions
 
     click.echo(api.export_checkpoint(checkpoint, out, options=ExportOptions(**_given(options)), parity=not no_parity))
 

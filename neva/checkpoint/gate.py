@@ -11,7 +11,7 @@ from torch import Tensor
 from neva.checkpoint import parity
 from neva.checkpoint.hf import Source, is_left_behind, relative
 from neva.checkpoint.parity import Difference, Peer
-from neva.models import hf
+from neva.models import hf, hf_vlm
 from neva.models.vit import VisionConfig
 from neva.models.vlm import VLMConfig
 
@@ -37,13 +37,15 @@ def compare(
         if source.format in ("nemo", "nemo-neva"):
             continue
         seen, original = _at_own_resolution(source, vision, read)
-        if source.format == "llava" and fits and model is not None:
+        if source.format in ("llava", "llava_next") and fits and model is not None:
             found += parity.llava(replace(model, vision=seen), original, source.folder, cast=cast)
             continue
         if source.kind != "vision" and model is not None:
             found += parity.decoder(model.decoder, read, peer(source, "decoder", cast), whole=fits)
-        if seen is not None and (source.kind == "vision" or source.format == "llava"):
+        if seen is not None and (source.kind == "vision" or source.format in ("llava", "llava_next", "NVLM_D")):
             found += parity.vision(seen, original, peer(source, "vision", cast), whole=fits)
+        if source.format == "NVLM_D" and model is not None:
+            found.append(parity.nvlm_projector(model, read, source.shards.read, cast=cast))
     return found
 
 
@@ -55,10 +57,14 @@ def peer(source: Source, part: str, cast: torch.dtype | None = None) -> Peer:
         config, folder = source.config, source.folder if source.format != "intern_vit_6b" else None
         return Peer(config=config, names=tuple(kept), read=lambda name: source.shards.read(kept[name]), folder=folder, cast=cast)
     beginnings = ("vision.",) if part == "vision" else ("decoder.", "head.")
-    inside = {relative(default): name for default, name in source.spelled.items() if hf.ours_of(default, source.table).startswith(beginnings)}
+    before = "vision_model." if source.format == "NVLM_D" else ""
+    named = {default: name for default, name in source.spelled.items() if hf.ours_of(default, source.table).startswith(beginnings)}
+    inside = {relative(default).removeprefix(before): name for default, name in named.items()}
     if part == "vision":
         inside |= {relative(name): name for name in source.shards.entries if name not in taken and not is_left_behind(name)}
-        config = source.config["vision_config"]
+        config = {"model_type": "intern_vit_6b", **source.config["vision_config"]}
+    elif source.format == "NVLM_D":
+        config = hf_vlm.nvlm_text(source.config)
     elif source.format == "llava-original":
         config = {**source.config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     else:

@@ -30,10 +30,10 @@ from neva.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, digest
 from neva.checkpoint.peers import in_memory
 from neva.checkpoint.shards import Shards, open_shards, read_json
 from neva.data.tokenizer import FILES, PAIRS
-from neva.models import hf, hf_config
+from neva.models import hf, hf_config, hf_vlm
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig, resize_positions
-from neva.models.vlm import VLM, ImageConfig, VLMConfig, fresh
+from neva.models.vlm import VLM, ImageConfig, VLMConfig, fresh, part_of
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -45,6 +45,8 @@ KEPT_FILES = (
 KEYS, UNUSED = "keys.json", "unused.safetensors"
 WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """Type of a model with a text tower too -> that of its vision tower."""
+NEXT_TEMPLATES = {"mistral": "mistral", "qwen2": "qwen"}
+"""Family of a LLaVA-NeXT's decoder -> the chat format of the published one, where that is not LLaVA's `v1`."""
 WITHOUT_ENCODER = ("llava-original", "nemo-neva")
 """Formats of a VLM whose encoder is a checkpoint of its own."""
 Kind = Literal["vlm", "decoder", "vision"]
@@ -100,16 +102,24 @@ def _read(folder: Path, config: dict[str, Any]) -> Source:
     if "mm_vision_tower" in config:
         encoder = VisionConfig(image=336, patch=14, width=config["mm_hidden_size"], layers=24, heads=16, ffn=4096)  # until it is given
         table: Mapping[str, str] = hf.original_table(hf.LLAMA, hf.CLIP)
-        model: Any = hf_config.original_config(config, encoder)
+        model: Any = hf_vlm.original_config(config, encoder)
         source = {"kind": "vlm", "format": "llava-original", "image": model.image}
-    elif model_type == "llava":
-        model = hf_config.llava_config(config)
+    elif model_type == "NVLM_D":
+        model = hf_vlm.nvlm_config(config, qkv_rows=_qkv_rows(shards))
+        table = hf.nvlm_table(hf_config.DECODERS[hf_vlm.nvlm_text(config)["model_type"]].table)
+        source = {"kind": "vlm", "format": "NVLM_D", "image": model.image, "template": "nvlm-chatml-hf"}
+    elif model_type in ("llava", "llava_next"):
+        model = hf_vlm.llava_config(config)
         family = hf_config.VISION.get(config["vision_config"]["model_type"])
         text = hf_config.DECODERS[config["text_config"].get("model_type", "llama")]
         table = hf.llava_table(text.table, family.table if family else hf.HF_VISION)
         seen, side = _with_pixels(model.vision, pixels, family)
-        model = replace(model, vision=seen, image=image or ImageConfig(aspect="crop" if _is_clip(seen) else "square"))
-        source = {"kind": "vlm", "format": "llava", "image": image}
+        if model_type == "llava":
+            model = replace(model, image=image or ImageConfig(aspect="crop" if _is_clip(seen) else "square"))
+        model = replace(model, vision=seen)
+        source = {"kind": "vlm", "format": model_type, "image": image}
+        if model_type == "llava_next":
+            source |= {"image": model.image, "template": NEXT_TEMPLATES.get(config["text_config"].get("model_type", ""), "v1")}
     elif model_type in hf_config.DECODERS:
         model, table = hf_config.decoder_config(config), hf_config.DECODERS[model_type].table
         source = {"kind": "decoder", "format": model_type, "image": None}
@@ -118,9 +128,8 @@ def _read(folder: Path, config: dict[str, Any]) -> Source:
             raise ValueError(hf_config.unknown(config))
         described = {**config["vision_config"], "model_type": WHOLE[model_type]} if model_type in WHOLE else config
         family = hf_config.VISION.get(described.get("model_type", ""))
-        rows = next((entry.shape[0] for name, entry in shards.entries.items() if name.endswith("attn.qkv.weight")), 0)
         layer = -1 if family in (hf_config.VISION["intern_vit_6b"], hf_config.VISION["internvl_vision"]) else -2
-        model = hf_config.vision_config(described, select_layer=layer, qkv_rows=rows)
+        model = hf_config.vision_config(described, select_layer=layer, qkv_rows=_qkv_rows(shards))
         if model.backend == "hf" and not {"mean", "std"} <= pixels.keys():
             raise ValueError(f"a {described['model_type']} needs a preprocessor_config.json beside it, for image_mean and image_std.")
         model, side = _with_pixels(model, pixels, family)
@@ -130,8 +139,13 @@ def _read(folder: Path, config: dict[str, Any]) -> Source:
     seen = model.vision if isinstance(model, VLMConfig) else model
     if isinstance(seen, VisionConfig) and seen.backend == "hf":
         shards = in_memory(shards, seen.hf_config, prefix="vision_tower." if source["kind"] == "vlm" else "")
-    spelled = hf.default_names(shards.entries, table, aliases=source["format"] == "llava")
+    spelled = hf.default_names(shards.entries, table, aliases=source["format"] in ("llava", "llava_next"))
     return Source(folder=folder, config=config, model=model, shards=shards, table=table, spelled=spelled, side=side, **source)
+
+
+def _qkv_rows(shards: Shards) -> int:
+    """Rows of an InternViT's joined projection, which show heads of zeros that its config does not."""
+    return next((entry.shape[0] for name, entry in shards.entries.items() if name.endswith("attn.qkv.weight")), 0)
 
 
 def _with_pixels(vision: VisionConfig, pixels: Mapping[str, Any], family: hf_config.Family | None) -> tuple[VisionConfig, int]:
@@ -151,7 +165,7 @@ def image_settings(folder: Path) -> tuple[ImageConfig | None, dict[str, Any]]:
         if (folder / name).is_file():
             processor = read_json(folder / name)
             if {"image_mean", "size"} & processor.get("image_processor", processor).keys():
-                return hf_config.image_config(processor, name)
+                return hf_vlm.image_config(processor, name)
     return None, {}
 
 
@@ -216,7 +230,7 @@ def plan(sources: Sequence[Source], options: Options) -> Plan:
             made = _shape(*giver)
             if made != tuple(shape) and not (name == "vision.positions" and made[1:] == tuple(shape)[1:]):
                 faults.append(f"{giver[0].spelled[giver[1].theirs[0]]!r} gives {list(made)}, the config wants {list(shape)} for {name!r}")
-        elif composed and name.startswith(("projector.", "image_vectors")):
+        elif composed and part_of(name) in ("projector", "cross"):
             new.append(name)
         else:
             faults.append(f"{_wanted(name, sources, experts)} is missing")

@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from neva.batch import IGNORE, Batch
+from neva.batch import IGNORE, IMAGE, NEWLINE, Batch
 from neva.checkpoint.manifest import CheckpointError
-from neva.models import hf, hf_config
+from neva.data.image import to_tiles
+from neva.data.tiling import anyres_slots, tiling
+from neva.models import hf, hf_config, hf_vlm
 from neva.models.attention import Documents
 from neva.models.decoder import Decoder, DecoderConfig, Head
 from neva.models.vit import VisionConfig, normalise
-from neva.models.vlm import VISION_BACKENDS, VLM, VLMConfig
+from neva.models.vlm import VISION_BACKENDS, VLM, VLMConfig, projector
 
 TOLERANCE = 1e-4
 """Largest difference that passes, relative to the largest magnitude where that is over 1."""
@@ -105,26 +108,46 @@ def vision(config: VisionConfig, read: Read, peer: Peer, *, whole: bool) -> list
 
 
 def llava(config: VLMConfig, read: Read, folder: Path, *, cast: torch.dtype | None = None) -> list[Difference]:
-    """A whole VLM against `LlavaForConditionalGeneration`: encoder, projector, logits of text, logits with an image."""
+    """A whole LLaVA or LLaVA-NeXT against transformers': encoder, projector, logits of text, logits with an image."""
     assert config.vision is not None
-    theirs: Any = _theirs("LlavaForConditionalGeneration", folder, cast)
+    theirs: Any = _theirs(hf_vlm.NEXT if config.image.aspect == "anyres" else hf_vlm.LLAVA, folder, cast)
     theirs.config.vision_feature_layer = config.vision.select_layer
     theirs.config.vision_feature_select_strategy = "default" if config.vision.class_token and config.vision.feature == "patch" else "full"
     ours = _fill(VLM(config), "", read)
-    tiles, ids = _tiles(config.vision)[:1], _ids(config.decoder)
+    shown, ids = Image.fromarray(_tiles(config.vision)[0].permute(1, 2, 0).numpy()).resize((61, 33)), _ids(config.decoder)
+    tiles, found = to_tiles(shown, config.layout), tiling(shown.size, config.layout)
     image_id = theirs.config.image_token_id
     ids = torch.where(ids == image_id, ids - 1, ids)
-    placed = torch.cat((ids[:, :4], torch.full((1, config.tokens_per_tile), image_id), ids[:, 4:]), dim=1)
     pixels = normalise(tiles, config.vision.mean, config.vision.std)
+    given: dict[str, Any] = {"pixel_values": pixels}
+    slots, features = torch.arange(config.tokens_per_tile)[None], [True] * config.tokens_per_tile
+    if config.image.aspect == "anyres":
+        slots, features = anyres_slots(shown.size, found, config.layout)
+        given = {"pixel_values": pixels[None], "image_sizes": torch.tensor([[shown.height, shown.width]])}
+    placed = torch.cat((ids[:, :4], torch.full((1, len(features)), image_id), ids[:, 4:]), dim=1)
+    ours_placed = torch.cat((ids[:, :4], torch.where(torch.tensor([features]), IMAGE, NEWLINE), ids[:, 4:]), dim=1)
+    slots = torch.where(slots < 0, -1, slots + 4)
     with torch.no_grad():
         hidden = _hidden(theirs.model.vision_tower, config.vision, tiles)
         features = theirs.model.multi_modal_projector(hidden)
         return [
             _difference("encoder features", ours.vision(tiles), hidden),  # type: ignore[misc]
             _difference("projected features", ours.features(tiles), features),
-            _difference("logits of text", _run(ours, ids, None, image_id), theirs(input_ids=ids).logits[0]),
-            _difference("logits with an image", _run(ours, placed, tiles, image_id), theirs(input_ids=placed, pixel_values=pixels).logits[0]),
+            _difference("logits of text", _run(ours, ids), theirs(input_ids=ids).logits[0]),
+            _difference("logits with an image", _run(ours, ours_placed, tiles, slots), theirs(input_ids=placed, **given).logits[0]),
         ]
+
+
+def nvlm_projector(config: VLMConfig, read: Read, theirs: Read, *, cast: torch.dtype | None = None) -> Difference:
+    """NVLM-D's projector against the same written out, from the folder's tensors: transformers has none."""
+    x = torch.empty(4, config.feature_width).normal_(generator=torch.Generator().manual_seed(0))
+    ours = _fill(projector(config.projector, config.feature_width, config.decoder.width, config.decoder.ffn), "projector.", read)
+    names = ("mlp1.0.weight", "mlp1.0.bias", "mlp1.1.weight", "mlp1.3.weight")
+    scale, shift, first, second = (tensor.to(cast or tensor.dtype).float() for tensor in map(theirs, names))
+    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * scale + shift
+    hidden = normed @ first.T
+    with torch.no_grad():
+        return _difference("projected features", ours(x), (hidden * (1 + torch.erf(hidden / 2**0.5)) / 2) @ second.T)
 
 
 def fits(parameters: int) -> bool:
@@ -228,7 +251,7 @@ def _build(kind: str, described: Mapping[str, Any], state: Mapping[str, Tensor],
 def _decoder_slices(config: DecoderConfig, read: Read, peer: Peer) -> Iterator[Difference]:
     """Each layer alone between equal inputs and a norm of ones; then embedding, norm and head, tensor by tensor: there are no others."""
     table = hf_config.DECODERS[peer.config["model_type"]].table
-    one = replace(config, layers=1, vocab=8, tied=True)
+    one = replace(config, layers=1, vocab=8, tied=True, cross_layers=())
     x = torch.empty(1, TOKENS, config.width).normal_(generator=torch.Generator().manual_seed(0))
     ends = {f"head.{name}": torch.ones(parameter.shape) for name, parameter in Head(one).named_parameters()}
     ends |= {"decoder.embed.weight": torch.zeros(8, config.width)}
@@ -271,21 +294,19 @@ def _renumbered(read: Read, prefix: str, number: int) -> Read:
 
 
 def _logits(config: DecoderConfig, read: Read, ids: Tensor) -> Tensor:
-    model = VLM(VLMConfig(decoder=config, vision=None, projector="none"))
-    return _run(_fill(model, "", read), ids, None, -1)
+    model = VLM(VLMConfig(decoder=replace(config, cross_layers=()), vision=None, projector="none"))
+    return _run(_fill(model, "", read), ids)
 
 
-def _run(model: VLM, ids: Tensor, tiles: Tensor | None, image_id: int) -> Tensor:
-    """Logits of one document, images at `image_id`."""
-    n, tokens = ids.shape[1], torch.where(ids == image_id, -200, ids)
-    count = 0 if tiles is None else len(tiles)
-    slots = (tokens[0] == -200).nonzero().view(count, -1) if count else torch.zeros(0, 1, dtype=torch.int64)
-    one, none = torch.ones_like(ids), torch.zeros(0, dtype=torch.int64)
+def _run(model: VLM, ids: Tensor, tiles: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+    """Logits of one document, with the features of its tiles in these slots."""
+    n, none = ids.shape[1], torch.zeros(0, dtype=torch.int64)
+    one = torch.ones_like(ids)
     batch = Batch(
-        tokens=tokens, labels=torch.full_like(ids, IGNORE), positions=torch.arange(n)[None], segments=one,
-        cu_seqlens=torch.tensor([0, n], dtype=torch.int32), max_len=n, labelled=torch.zeros(0, dtype=torch.int64), groups=one, group_names=("",),
+        tokens=ids, labels=torch.full_like(ids, IGNORE), positions=torch.arange(n)[None], segments=one,
+        cu_seqlens=torch.tensor([0, n], dtype=torch.int32), max_len=n, labelled=none, groups=one, group_names=("",),
         tiles=tiles if tiles is not None else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
-        inline=torch.arange(count), slots=slots, memory=none,
+        inline=torch.arange(0 if tiles is None else len(tiles)), slots=slots if slots is not None else none.view(0, 1), memory=none,
         memory_tags=none.view(0, 0), memory_tokens=none, memory_positions=none, sees=torch.zeros(1, n, 2, dtype=torch.int64), runs=none.view(0, 4),
         run_sizes=(0, 0, 0, 0), any_tiles=tiles is not None,
     )  # fmt: skip

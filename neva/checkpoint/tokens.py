@@ -48,7 +48,7 @@ def prepare_tokens(encoder: Encoder, *, origin: Path | None, length: int) -> Tok
         files = from_sentencepiece(tokenizer.files["tokenizer.model"])
     model = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **json.loads(files.get("tokenizer_config.json", b"{}"))}
-    config = {"model_max_length": length, **config} | ({"processor_class": "LlavaProcessor"} if images else {})
+    config = {"model_max_length": length, **config} | ({"processor_class": _processor(encoder)} if images else {})
     names = {"bos_token": tokenizer.start, "eos_token": tokenizer.eos}
     config |= {role: model.id_to_token(id) for role, id in names.items() if id is not None and not config.get(role)}
     before = model.to_str()
@@ -66,6 +66,10 @@ def prepare_tokens(encoder: Encoder, *, origin: Path | None, length: int) -> Tok
     files |= _generation(encoder, pad_id, origin)
     image = model.token_to_id(MARKER) if images else None
     return Tokens(files=files, image_token=-1 if image is None else image, pad_token=pad_id, size=size)
+
+
+def _processor(encoder: Encoder) -> str:
+    return "LlavaNextProcessor" if encoder.layout.aspect == "anyres" else "LlavaProcessor"
 
 
 def _add(model: tokenizers.Tokenizer, names: list[str]) -> None:

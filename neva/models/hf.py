@@ -131,14 +131,22 @@ HF_VISION: dict[str, str] = {"{*}": "vision.model.{*}"}
 LLAVA_PROJECTOR: dict[str, str] = {
     "multi_modal_projector.linear_1.{p}": "projector.0.{p}",
     "multi_modal_projector.linear_2.{p}": "projector.2.{p}",
+    "image_newline": "image_newline",
 }
-"""llava-hf/llava-1.5-7b-hf."""
+"""llava-hf/llava-1.5-7b-hf; the newline is llava-hf/llava-v1.6-mistral-7b-hf's."""
 
 ORIGINAL_PROJECTOR: dict[str, str] = {
     "model.mm_projector.{n}.{p}": "projector.{n}.{p}",
     "model.mm_projector.{p}": "projector.0.{p}",
 }
 """liuhaotian/llava-v1.5-7b; the second line is the linear projector of liuhaotian/LLaVA-7b-v0."""
+
+NVLM_PROJECTOR: dict[str, str] = {
+    "mlp1.0.{p}": "projector.0.{p}",
+    "mlp1.1.weight": "projector.1.weight",
+    "mlp1.3.weight": "projector.3.weight",
+}
+"""nvidia/NVLM-D-72B."""
 
 UNUSED = (r"(.*\.)?rotary_emb\.inv_freq", r"(visual|text)_projection\.weight", r"text_model\..*", r"logit_(scale|bias)")
 """Patterns of more tensors that our models do not compute: old buffers, and the text tower of a CLIP."""
@@ -147,6 +155,7 @@ ALIASES = (
     (r"model\.language_model\.", "language_model.model."),
     (r"model\.vision_tower\.", "vision_tower."),
     (r"model\.multi_modal_projector\.", "multi_modal_projector."),
+    (r"model\.image_newline", "image_newline"),
     (r"lm_head\.", "language_model.lm_head."),
 )
 """Beginnings of names as transformers holds a LLaVA in memory, and some trainers save it -> those of the tables."""
@@ -161,6 +170,12 @@ def llava_table(decoder: Mapping[str, str], vision: Mapping[str, str]) -> dict[s
     """The layout of transformers' LLaVA around a decoder's and an encoder's. Inside it `model.` of a decoder is no option."""
     inside = {theirs.replace("[model.]", "model."): ours for theirs, ours in decoder.items()}
     return {**prefixed(inside, "language_model."), **prefixed(vision, "vision_tower."), **LLAVA_PROJECTOR}
+
+
+def nvlm_table(decoder: Mapping[str, str]) -> dict[str, str]:
+    """The layout of nvidia/NVLM-D-72B around a decoder's."""
+    inside = {theirs.replace("[model.]", "model."): ours for theirs, ours in decoder.items()}
+    return {**prefixed(inside, "language_model."), **prefixed(INTERN_VIT, "vision_model."), **NVLM_PROJECTOR}
 
 
 def original_table(decoder: Mapping[str, str], vision: Mapping[str, str]) -> dict[str, str]:

@@ -12,7 +12,6 @@ from neva.models import hf
 from neva.models.decoder import DecoderConfig
 from neva.models.layers import RopeScaling
 from neva.models.vit import Feature, VisionConfig
-from neva.models.vlm import ImageConfig, VLMConfig
 
 Json = Mapping[str, Any]
 
@@ -161,10 +160,6 @@ VISION: dict[str, Family] = {
 
 WORDS = {"gelu_pytorch_tanh": "gelu_tanh", "rms_norm": "rmsnorm", "layer_norm": "layernorm"}
 """Their name of a mechanism -> ours, where they differ."""
-FEATURES: dict[str, Feature] = {"default": "patch", "full": "cls_patch"}
-"""transformers' strategy -> ours, for an encoder with a class token; without one only `full` keeps every patch."""
-RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-"""Pillow's number of a filter -> its name."""
 
 
 def decoder_config(config: Json) -> DecoderConfig:
@@ -217,77 +212,11 @@ def _peer_vision(config: Json, select_layer: int, feature: Feature) -> VisionCon
     )
 
 
-def llava_config(config: Json) -> VLMConfig:
-    """Ours from the config.json of a `llava` model of transformers. ValueError for a mechanism that we do not compute."""
-    c = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_grid_pinpoints": None, **config}
-    _must(c, {"projector_hidden_act": "gelu", "multimodal_projector_bias": True, "image_grid_pinpoints": None})
-    if not isinstance(c["vision_feature_layer"], int):
-        raise ValueError(f"config.json says vision_feature_layer={c['vision_feature_layer']}; one layer can be read, not several joined.")
-    text = {"model_type": "llama", "tie_word_embeddings": c.get("tie_word_embeddings", False), **c["text_config"]}
-    vision = vision_config(c["vision_config"], select_layer=c["vision_feature_layer"])
-    strategy = c["vision_feature_select_strategy"]
-    if not vision.class_token and strategy != "full":
-        raise ValueError(f"vision_feature_select_strategy={strategy!r} drops the first patch of an encoder without class token; it must be 'full'.")
-    if vision.class_token:
-        vision = replace(vision, feature=FEATURES[strategy])
-    return VLMConfig(decoder=decoder_config(text), vision=vision, projector="mlp2x_gelu")
-
-
-def original_config(config: Json, vision: VisionConfig) -> VLMConfig:
-    """Ours from the config.json of LLaVA's own repository, and its encoder's config. ValueError for what we do not compute."""
-    _must(config, {"mm_use_im_patch_token": False, "mm_patch_merge_type": "flat", "tune_mm_mlp_adapter": False})
-    features: dict[str, Feature] = {"patch": "patch", "cls_patch": "cls_patch"}
-    feature = features[config.get("mm_vision_select_feature", "patch")]
-    kind = {None: "linear"}.get(config.get("mm_projector_type"), config.get("mm_projector_type"))
-    aspect = {"pad": "pad", "square": "crop", None: "crop"}.get(config.get("image_aspect_ratio"))
-    if aspect is None:
-        raise ValueError(f"config.json says image_aspect_ratio={config['image_aspect_ratio']!r}; pad and square can be imported.")
-    return VLMConfig(
-        decoder=decoder_config({**config, "model_type": "llama"}),
-        vision=replace(vision, select_layer=config["mm_vision_select_layer"], feature=feature),
-        projector=str(kind),
-        image=ImageConfig(aspect=aspect),  # type: ignore[arg-type]
-        use_im_start_end=config.get("mm_use_im_start_end", False),
-    )
-
-
 def unknown(config: Json) -> str:
     """What to say of a model that none of ours computes."""
-    known = f"llava, the decoders {', '.join(DECODERS)}, the encoders clip, siglip, {', '.join(VISION)}, and other vision models of transformers"
+    whole = "llava, llava_next, NVLM_D"
+    known = f"{whole}, the decoders {', '.join(DECODERS)}, the encoders clip, siglip, {', '.join(VISION)}, and other vision models of transformers"
     return f"config.json says model_type={config.get('model_type')!r}, which is not supported yet; there are {known}"
-
-
-def image_config(processor: Json, file: str = "preprocessor_config.json") -> tuple[ImageConfig, dict[str, Any]]:
-    """From a preprocessor_config.json: how an image is brought to size, and the encoder's fields image, mean and std.
-
-    ValueError for a step that we do not do.
-    """
-    p = processor.get("image_processor", processor)
-    _must(p, {"do_normalize": True, "do_rescale": True, "do_resize": True}, file)
-    if abs(p.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise ValueError(f"{file} says rescale_factor={p['rescale_factor']}; only 1/255 can be imported.")
-    size, crop = p.get("size"), p.get("crop_size", {})
-    kind = str(p.get("image_processor_type", p.get("feature_extractor_type", "CLIP")))
-    if isinstance(size, int):  # the shortest edge for processors that crop, a square for others
-        size = {"shortest_edge": size} if p.get("do_center_crop", "CLIP" in kind or "Llava" in kind) else {"height": size, "width": size}
-    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    size = {name: value for name, value in size.items() if value is not None} if isinstance(size, Mapping) else {}
-    padded, cropped = p.get("do_pad"), p.get("do_center_crop", "shortest_edge" in size)
-    side = size.get("shortest_edge", size.get("height"))
-    # Of a padded square all edges are the shortest.
-    legal = {"shortest_edge": side} if cropped or (padded and "shortest_edge" in size) else {"height": side, "width": side}
-    if not side or size != legal:
-        said = f"{file} says size={p.get('size')!r}{', and then a crop' if cropped else ''}"
-        raise ValueError(f"{said}; a square (equal height and width), or shortest_edge and then a crop to it, can be imported.")
-    if cropped and crop and (crop.get("height"), crop.get("width")) != (side, side):
-        raise ValueError(f"{file} resizes to {side} and crops to {dict(crop)}; only equal sizes can be imported.")
-    if p.get("resample", 3) not in RESAMPLE:
-        filters = ", ".join(f"{number} ({name})" for number, name in RESAMPLE.items())
-        raise ValueError(f"{file} says resample={p['resample']!r}; {filters} can be imported.")
-    aspect = "pad" if padded else "crop" if cropped else "square"
-    found = {"image": side, "mean": tuple(p["image_mean"]) if "image_mean" in p else None, "std": tuple(p["image_std"]) if "image_std" in p else None}
-    resample: Any = RESAMPLE[p.get("resample", 3)]
-    return ImageConfig(aspect=aspect, resample=resample), {name: value for name, value in found.items() if value}  # type: ignore[arg-type]
 
 
 # Writing.
@@ -344,52 +273,6 @@ def vision_json(config: VisionConfig, source: Json | None = None) -> dict[str, A
     )
 
 
-def llava_json(config: VLMConfig, *, image_token: int, pad_token: int | None, source: Json | None = None) -> dict[str, Any]:
-    """A config.json for transformers' LLaVA. ValueError naming each field that the format cannot hold."""
-    cannot = [f"{name}={getattr(config, name)!r}" for name, value in LLAVA_HOLDS.items() if getattr(config, name) != value]
-    if cannot:
-        raise ValueError(f"transformers' llava cannot hold {', '.join(cannot)}; it has {', '.join(f'{n}={v!r}' for n, v in LLAVA_HOLDS.items())}")
-    vision = config.vision
-    assert vision is not None, "a model of text is a decoder"
-    strategy = next(name for name, feature in FEATURES.items() if feature == vision.feature) if vision.class_token else "full"
-    source = source or {}
-    text = {"model_type": "llama", **source["text_config"]} if source else None
-    written = {
-        **({"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "projector_hidden_act": "gelu"} | dict(source)),
-        "text_config": decoder_json(config.decoder, text),
-        "vision_config": vision_json(vision, source.get("vision_config")),
-        "vision_feature_layer": vision.select_layer,
-        "vision_feature_select_strategy": strategy,
-        "image_token_index": image_token,
-        "image_seq_length": vision.tokens,
-        "tie_word_embeddings": config.decoder.tied,
-    }
-    if pad_token is not None:
-        written["pad_token_id"] = pad_token
-    return written
-
-
-LLAVA_HOLDS: dict[str, object] = {"projector": "mlp2x_gelu", "pixel_shuffle": "none", "use_im_start_end": False}
-"""Fields of a VLM that transformers' LLaVA has one value of."""
-
-
-def processor_json(image: ImageConfig, vision: VisionConfig) -> dict[str, Any]:
-    """A preprocessor_config.json that brings images to size as we do. ValueError where no processor of transformers does."""
-    if image.process:
-        raise ValueError(f"preprocessor_config.json cannot hold image.process={image.process!r}: users of the export must run it themselves")
-    side, number = vision.image, next(number for number, name in RESAMPLE.items() if name == image.resample)
-    common = {
-        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": list(vision.mean),
-        "image_std": list(vision.std), "resample": number, "rescale_factor": 1 / 255,
-    }  # fmt: skip
-    if image.aspect == "square":
-        return {**common, "image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}}
-    sized = {**common, "crop_size": {"height": side, "width": side}, "do_center_crop": True, "size": {"shortest_edge": side}}
-    if image.aspect == "crop":
-        return {**sized, "image_processor_type": "CLIPImageProcessor"}
-    return {**sized, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
-
-
 # Between the two.
 
 
@@ -397,11 +280,11 @@ def _family(config: Json, families: Mapping[str, Family]) -> Family:
     model_type = str(config.get("model_type"))
     if model_type not in families:
         raise ValueError(f"config.json says model_type={model_type!r}; there are {', '.join(families)}.")
-    _must(config, families[model_type].must)
+    must(config, families[model_type].must)
     return families[model_type]
 
 
-def _must(config: Json, legal: Json, file: str = "config.json") -> None:
+def must(config: Json, legal: Json, file: str = "config.json") -> None:
     """ValueError where a field says something that our model does not compute."""
     for name, value in legal.items():
         if config.get(name, value) != value and config[name] is not None:

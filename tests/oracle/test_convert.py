@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from neva import api
 from neva.checkpoint import hf, index, stream
-from neva.checkpoint.export import ExportOptions
 from neva.checkpoint.hf import Options
 from neva.checkpoint.manifest import CheckpointError
+from neva.checkpoint.target import ExportOptions
 from neva.infer.generate import load
 from tests.families import DECODERS, ENCODERS, VLMS, build, clip, internvl, llama, llava, nemotron, on_disk, siglip
 

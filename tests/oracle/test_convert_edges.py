@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from neva import api
 from neva.checkpoint import gate, hf, index, stream
-from neva.checkpoint.export import ExportOptions
 from neva.checkpoint.hf import Options
 from neva.checkpoint.inspect import inspect
 from neva.checkpoint.manifest import CheckpointError
 from neva.checkpoint.parity import Difference
+from neva.checkpoint.target import ExportOptions
 from neva.models.vlm import fresh
 from tests.families import DECODERS, build, clip, llama, llava, on_disk, pair, siglip
 from tests.nemo import write
