@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from neva.models import hf
+from neva.models.cross import CrossConfig
 from neva.models.decoder import DecoderConfig
 from neva.models.layers import RopeScaling
 from neva.models.vit import Feature, VisionConfig
@@ -352,7 +353,7 @@ def _untrained(config: DecoderConfig) -> DecoderConfig:
     if scaling is not None and scaling.kind != "llama3":
         scaling = RopeScaling(kind=scaling.kind, factor=scaling.factor)  # the others are llama3's
     plain = replace(config, embedding_dropout=0.0, hidden_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0, balance=0.0)
-    return replace(plain, head_width=width, rope_scaling=scaling)
+    return replace(plain, head_width=width, rope_scaling=scaling, cross_layers=(), cross=CrossConfig())  # which is no part of a text model
 
 
 def _unread(config: VisionConfig) -> VisionConfig:
