@@ -381,7 +381,7 @@ def test_encoders_that_are_here(tmp_path):
     assert converted({f"{SEEN}.from_pretrained": str(tmp_path / "clip.nemo")})[0].model.vision == v
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model_config.yaml").unlink()
-    with pytest.raises(ValueError, match="no vision model"):
+    with pytest.raises(ValueError, match="is not supported yet"):
         converted({f"{SEEN}.from_pretrained": str(tmp_path)})
 
 
