@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from neva import config as tree
 from neva import plan, recipes
+from neva.batch import ImageLayout
 from neva.checkpoint.convert import import_model, lacks_encoder
 from neva.checkpoint.export import export
 from neva.checkpoint.foreign import is_foreign
@@ -18,8 +20,11 @@ from neva.checkpoint.hf import Options
 from neva.checkpoint.inspect import inspect as describe
 from neva.checkpoint.nemo import is_nemo
 from neva.checkpoint.target import ExportOptions
+from neva.data.image import open_image
+from neva.data.preview import grid_picture
 from neva.data.sample import MARKER, Picture, Sample, Turn
 from neva.data.source import LlavaSource
+from neva.data.tiling import tiling
 from neva.evaluate import report
 from neva.evaluate import run as evaluation
 from neva.infer.generate import Loaded, Sampling, load
@@ -44,6 +49,7 @@ __all__ = [
     "load",
     "recipe",
     "show",
+    "tiles",
     "train",
 ]
 
@@ -157,6 +163,22 @@ def export_checkpoint(
 ) -> Path:
     """Write a checkpoint as a folder that transformers and vLLM load; gives its path. ValueError naming what that format cannot hold."""
     return export(Path(checkpoint), Path(out), options or ExportOptions(), check=parity, say=say)
+
+
+def tiles(image: str, *, layout: ImageLayout, picture: str | Path | None = None) -> dict[str, int]:
+    """Into how many columns and rows an image is cut, and how many tiles it makes with its thumbnail.
+
+    `image` is a size such as 1920x1080, or a file; of a file a picture of the tiles under their tags is written to `picture`.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)", image)
+    shown = None if match else open_image(Path(image))
+    size = (int(match[1]), int(match[2])) if match else shown.size if shown is not None else (0, 0)
+    found = tiling(size, layout)
+    if picture is not None:
+        if shown is None:
+            raise ValueError(f"{image} is a size: give an image file to draw its tiles")
+        grid_picture(shown, layout).save(picture)
+    return {"columns": found.columns, "rows": found.rows, "tiles": found.tiles}
 
 
 def show(name: str, overrides: Sequence[str] = ()) -> str:

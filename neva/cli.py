@@ -257,6 +257,40 @@ def export(checkpoint: str, out: str, target: str, no_parity: bool, **options: A
     click.echo(api.export_checkpoint(checkpoint, out, options=ExportOptions(**_given(options)), parity=not no_parity))
 
 
+@main.group()
+def data() -> None:
+    """Look at data before training on it."""
+
+
+@data.command()
+@click.argument("image", metavar="WxH|FILE")
+@click.option("--max-tiles", type=click.IntRange(min=1), default=6, show_default=True, help="Most tiles, the thumbnail not counted.")
+@click.option("--min-tiles", type=click.IntRange(min=1), default=1, show_default=True, help="Fewest tiles.")
+@click.option("--tile", type=click.IntRange(min=1), default=448, show_default=True, help="Side of a tile in pixels.")
+@click.option("--tags", type=click.Choice(["none", "1d", "grid", "bbox"]), default="1d", show_default=True, help="What the picture names tiles by.")
+@click.option("--out", metavar="PNG", help="Where the picture of a file's tiles goes; by default NAME.tiles.png in this folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print columns, rows and tiles as JSON.")
+def tiles(image: str, max_tiles: int, min_tiles: int, tile: int, tags: Any, out: str | None, as_json: bool) -> None:
+    """Show how an image of a size, or in a file, is cut into tiles."""
+    from pathlib import Path
+
+    from neva import api
+    from neva.batch import ImageLayout
+
+    if min_tiles > max_tiles:
+        raise ValueError(f"--min-tiles {min_tiles} is more than --max-tiles {max_tiles}")
+    layout = ImageLayout(tile=tile, tokens_per_tile=1, aspect="tiles", min_tiles=min_tiles, max_tiles=max_tiles, tags=tags)
+    picture = out or (f"{Path(image).stem}.tiles.png" if Path(image).is_file() else None)
+    found = api.tiles(image, layout=layout, picture=picture)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    whole = " and one of the whole" if found["tiles"] > 1 else ""
+    click.echo(f"{found['columns']} x {found['rows']} tiles of {tile} x {tile} pixels{whole}: {found['tiles']} in all")
+    if picture:
+        click.echo(picture)
+
+
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given: what was not keeps the default that `api` documents."""
     return {name: value for name, value in options.items() if value not in (None, ())}

@@ -43,8 +43,8 @@ class SourceConfig:
     """Name in reports; by default the file's stem."""
     mock: MockConfig | None = None
     """Samples made up in place of a file."""
-    make: Literal["", "digits"] = ""
-    """A data set that is written first to the folder of `path`, where that is not there yet: the demo's `digits`."""
+    make: Literal["", "digits", "pages"] = ""
+    """A data set that is written first to the folder of `path`, where that is not there yet: the demo's `digits`, or `pages` of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,10 @@ class DataConfig:
     """One-element spelling of `sources`: a file; takes the place of `sources`."""
     image_folder: str = ""
     """One-element spelling of `sources`: the image folder."""
+    folder: str = ""
+    """Where a recipe's named sources are: NAME.jsonl or NAME.json, and NAME/ with its images; takes the place of their `mock`."""
+    absent: Literal["stop", "skip"] = "stop"
+    """Named sources that `folder` does not hold are an error, or are left out."""
     tokenizer: str = ""
     """A SentencePiece `.model`, a `tokenizer.json`, or a folder that holds one."""
     template: str = ""

@@ -39,6 +39,13 @@ _TEXT = """
 {%- endif %}
 {%- endfor %}"""
 
+_NVLM_PRETRAIN = """
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}
+{%- else %}{{ message.content + '\\n' }}
+{%- endif %}
+{%- endfor %}"""
+
 _V0 = """
 {%- for message in messages %}
 {%- if message.role == 'system' %}{{ message.content + '\\n\\n' }}
@@ -128,6 +135,7 @@ TEMPLATES: dict[str, Template] = {
     "nvlm-chatml": Template(jinja=_chatml("\n"), system="Answer the questions.", stops=("<|im_end|>",)),
     "nvlm-chatml-paper": Template(jinja=_chatml("\n"), system="Follow the user's instruction and answer questions.", stops=("<|im_end|>",)),
     "nvlm-chatml-hf": Template(jinja=_chatml(""), system="Answer the questions.", stops=("<|im_end|>",)),
+    "nvlm-pretrain": Template(jinja=_NVLM_PRETRAIN, stops=("<|im_end|>",)),
     "nvgpt": Template(jinja=_NVGPT.replace("LABELS", "''"), system=_VICUNA + "\n\n", stops=("<extra_id_1>",)),
     "nv_steerlm": Template(jinja=_NVGPT.replace("LABELS", f"'<extra_id_2>{_STEERLM}\\n'"), system=_VICUNA + "\n\n", stops=("<extra_id_1>",)),
     "nv_dpo": Template(jinja=_NVGPT.replace("LABELS", "''"), stops=("<extra_id_1>",)),
@@ -135,7 +143,8 @@ TEMPLATES: dict[str, Template] = {
     "text": Template(jinja=_TEXT),
 }
 """`text` adds nothing to what is said: a base model goes on with the text.
-`nvlm-chatml` is Megatron-LM's, `-paper` has the system message of the article's figure 12, `-hf` is the released model's: no line breaks."""
+`nvlm-chatml` is Megatron-LM's, `-paper` has the system message of the article's figure 12, `-hf` is the released model's: no line breaks.
+`nvlm-pretrain` has no roles (figure 11): image, instruction, answer; the line break between the last two is ours."""
 
 
 def find_template(name: str, tokenizer: Tokenizer | None = None) -> Template:

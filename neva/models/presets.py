@@ -6,6 +6,7 @@ arXiv 2402.16819 and 2406.11704; NVGPT: the model cards of nvidia/GPT-2B-001 and
 """
 
 from dataclasses import replace
+from typing import Any, Literal
 
 from neva.models.decoder import DecoderConfig
 from neva.models.layers import RopeScaling
@@ -88,6 +89,27 @@ VISION: dict[str, VisionConfig] = {
 
 _SQUARE = ImageConfig(aspect="square")
 _CLIP_336 = VISION["clip-l-14-336"]
+_NEXT = ImageConfig(aspect="anyres", pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))
+
+_NVLM_TILES = ImageConfig(aspect="tiles", max_tiles=6, tags="1d", prefix="<Image>", suffix="</Image>")
+_YI_TILES = replace(_NVLM_TILES, thumbnail_tag="<tile_global>")
+_INTERNVIT = VISION["internvit-6b-448"]
+
+
+def _nvlm(kind: Literal["d", "x", "h"], decoder: DecoderConfig, every: int, image: ImageConfig) -> VLMConfig:
+    """NVLM-D, -X or -H (arXiv 2409.11402, table 10): cross-attention in every 6th or 8th layer, behind its self-attention.
+
+    The article does not say which layers these are, nor whether cross-attention has fewer key-value heads; here the last of each group of
+    layers, and as many as query heads.
+    """
+    crossed = replace(decoder, cross_layers=tuple(range(every - 1, decoder.layers, every)))
+    common: dict[str, Any] = {"vision": _INTERNVIT, "pixel_shuffle": "v2", "image": image}
+    if kind == "d":
+        return VLMConfig(decoder=decoder, projector="norm_ffn_gelu", **common)
+    if kind == "x":
+        return VLMConfig(decoder=crossed, projector="norm_linear", inline="none", **common)
+    return VLMConfig(decoder=crossed, projector="norm_ffn_gelu", inline="thumbnail", **common)
+
 
 VLMS: dict[str, VLMConfig] = {
     "llava-1.5-7b": VLMConfig(decoder=DECODERS["llama2-7b"], vision=_CLIP_336),
@@ -99,5 +121,14 @@ VLMS: dict[str, VLMConfig] = {
     "llava-mixtral-8x7b": VLMConfig(decoder=DECODERS["mixtral-8x7b"], vision=_CLIP_336),
     "llava-nemotron4-15b": VLMConfig(decoder=DECODERS["nemotron4-15b"], vision=_CLIP_336),
     "llava-nemotron4-340b": VLMConfig(decoder=DECODERS["nemotron4-340b"], vision=_CLIP_336),
+    "nvlm-d-34b": _nvlm("d", DECODERS["yi-34b"], 6, _YI_TILES),
+    "nvlm-x-34b": _nvlm("x", DECODERS["yi-34b"], 6, _YI_TILES),
+    "nvlm-h-34b": _nvlm("h", DECODERS["yi-34b"], 6, _YI_TILES),
+    "nvlm-d-72b": _nvlm("d", DECODERS["qwen2-72b"], 8, _NVLM_TILES),
+    "nvlm-x-72b": _nvlm("x", DECODERS["qwen2-72b"], 8, _NVLM_TILES),
+    "nvlm-h-72b": _nvlm("h", DECODERS["qwen2-72b"], 8, _NVLM_TILES),
+    "llava-v1.6-mistral-7b": VLMConfig(decoder=DECODERS["mistral-7b-v0.2"], vision=_CLIP_336, image=_NEXT),
+    "llava-v1.6-vicuna-7b": VLMConfig(decoder=DECODERS["llama2-7b"], vision=_CLIP_336, image=_NEXT),
+    "llava-v1.6-vicuna-13b": VLMConfig(decoder=DECODERS["llama2-13b"], vision=_CLIP_336, image=_NEXT),
     "llava-tiny": VLMConfig(decoder=DECODERS["llama-tiny"], vision=VISION["clip-tiny"]),
 }

@@ -21,6 +21,15 @@ RECIPES: dict[str, str] = {
     "neva-llama2-13b": "neva.recipes.neva:neva_llama2_13b",
     "neva-llama3-8b": "neva.recipes.neva:neva_llama3_8b",
     "neva-mixtral": "neva.recipes.neva:neva_mixtral",
+    "nvlm-d-tiny": "neva.recipes.nvlm_tiny:nvlm_d_tiny",
+    "nvlm-x-tiny": "neva.recipes.nvlm_tiny:nvlm_x_tiny",
+    "nvlm-h-tiny": "neva.recipes.nvlm_tiny:nvlm_h_tiny",
+    "nvlm-d-34b": "neva.recipes.nvlm:nvlm_d_34b",
+    "nvlm-d-72b": "neva.recipes.nvlm:nvlm_d_72b",
+    "nvlm-x-34b": "neva.recipes.nvlm:nvlm_x_34b",
+    "nvlm-x-72b": "neva.recipes.nvlm:nvlm_x_72b",
+    "nvlm-h-34b": "neva.recipes.nvlm:nvlm_h_34b",
+    "nvlm-h-72b": "neva.recipes.nvlm:nvlm_h_72b",
 }
 """Name on the command line -> module:function, imported when asked for."""
 

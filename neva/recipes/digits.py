@@ -60,7 +60,7 @@ def _picture(number: int) -> str:
     return f"{number:05d}.png"
 
 
-def _sample(kind: str, id: str, images: list[str], *turns: str) -> dict:
+def sample(kind: str, id: str, images: list[str], *turns: str) -> dict:
     """A LLaVA row; the first question gets a marker per image."""
     values = ["<image>\n" * len(images) + turns[0], *turns[1:]]
     row = {"id": id, "kind": kind, "conversations": [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]}
@@ -73,7 +73,7 @@ def _yes(even: bool) -> str:
 
 def _captions(shown: np.ndarray, labels: np.ndarray) -> list[dict]:
     """Every training digit with its name: what the first stage reads."""
-    return [_sample("what_is_it", f"caption-{n}", [_picture(n)], "", str(labels[n])) for n in shown]
+    return [sample("what_is_it", f"caption-{n}", [_picture(n)], "", str(labels[n])) for n in shown]
 
 
 def _train(shown: np.ndarray, labels: np.ndarray) -> list[dict]:
@@ -83,14 +83,14 @@ def _train(shown: np.ndarray, labels: np.ndarray) -> list[dict]:
         digit, even = str(labels[n]), _yes(labels[n] % 2 == 0)
         what, parity = str(random.choice(WHAT)), str(random.choice(EVEN))
         turns = ((what, digit), (what, digit, parity, even), (parity, even, what, digit), (parity, even))[place % 4]
-        rows.append(_sample("what_is_it" if place % 4 < 2 else "even", f"digit-{n}", [_picture(n)], *turns))
+        rows.append(sample("what_is_it" if place % 4 < 2 else "even", f"digit-{n}", [_picture(n)], *turns))
         rows.append(_pair(f"pair-{n}", shown, labels, random, form=("alone", "first", "last")[place % 3]))
     for place in range(len(shown) // 8):
         a, b = (int(x) for x in random.choice(10, 2, replace=False))
         if place % 2:
-            rows.append(_sample("even", f"text-{place}", [], str(random.choice(EVEN_TEXT)).format(a=a), _yes(a % 2 == 0)))
+            rows.append(sample("even", f"text-{place}", [], str(random.choice(EVEN_TEXT)).format(a=a), _yes(a % 2 == 0)))
         else:
-            rows.append(_sample("larger", f"text-{place}", [], str(random.choice(LARGER_TEXT)).format(a=a, b=b), "first" if a > b else "second"))
+            rows.append(sample("larger", f"text-{place}", [], str(random.choice(LARGER_TEXT)).format(a=a, b=b), "first" if a > b else "second"))
     return rows
 
 
@@ -103,14 +103,14 @@ def _pair(id: str, among: np.ndarray, labels: np.ndarray, random: np.random.Gene
     larger = (str(random.choice(LARGER)), "first" if labels[first] > labels[second] else "second")
     both = (str(random.choice(BOTH)), f"{labels[first]} and {labels[second]}")
     turns = {"alone": larger, "last": both + larger, "first": larger + both}[form]
-    return _sample("larger", id, [_picture(first), _picture(second)], *turns)
+    return sample("larger", id, [_picture(first), _picture(second)], *turns)
 
 
 def _held_out(held_out: np.ndarray, labels: np.ndarray) -> list[dict]:
     """One question of each kind for each held-out digit."""
     random, rows = np.random.default_rng(2), []
     for n in held_out:
-        rows.append(_sample("what_is_it", f"what-{n}", [_picture(n)], str(random.choice(WHAT)), str(labels[n])))
-        rows.append(_sample("even", f"even-{n}", [_picture(n)], str(random.choice(EVEN)), _yes(labels[n] % 2 == 0)))
+        rows.append(sample("what_is_it", f"what-{n}", [_picture(n)], str(random.choice(WHAT)), str(labels[n])))
+        rows.append(sample("even", f"even-{n}", [_picture(n)], str(random.choice(EVEN)), _yes(labels[n] % 2 == 0)))
         rows.append(_pair(f"larger-{n}", held_out, labels, random))
     return rows

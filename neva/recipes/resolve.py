@@ -9,11 +9,11 @@ from neva.config import nearest
 from neva.data.template import check
 from neva.data.templates import find_template
 from neva.data.tokenizer import load_tokenizer
-from neva.job import SourceConfig, TrainConfig
-from neva.recipes import digits
+from neva.job import DataConfig, SourceConfig, TrainConfig
+from neva.recipes import digits, pages
 from neva.recipes.demo import TOKENIZER
 
-MAKERS: dict[str, Callable[[Path], None]] = {"digits": digits.write}
+MAKERS: dict[str, Callable[[Path], None]] = {"digits": digits.write, "pages": pages.write}
 """`SourceConfig.make` -> the function that writes a data set into a folder."""
 
 
@@ -44,7 +44,7 @@ def say_mock(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -> Non
     """Say first, and plainly, which stages would train on made-up samples."""
     made_up = [stage.name for stage in stages if all(source.mock for source in stage.data.blend)]
     if made_up:
-        say(f"data.source is not set: {', '.join(made_up)} will train on made-up text and images, to see that it runs and how fast")
+        say(f"data.source and data.folder are not set: {', '.join(made_up)} will train on made-up text and images, to see that it runs and how fast")
 
 
 def make_data(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -> None:
@@ -60,6 +60,7 @@ def make_data(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -> No
 def _stage(stage: TrainConfig) -> TrainConfig:
     try:
         data = replace(stage.data, sources=tuple(_place(source, stage.out) for source in stage.data.sources), template=_template(stage.data.template))
+        data = replace(data, sources=_in_folder(data)) if data.folder else data
         if not data.tokenizer and data.blend and all(source.mock for source in data.blend):
             data = replace(data, tokenizer=TOKENIZER)  # made-up text needs no other
         if data.image_folder and not data.source:
@@ -89,6 +90,25 @@ def _template(template: str) -> str:
 
 def _place(source: SourceConfig, out: str) -> SourceConfig:
     return replace(source, path=_within(source.path, out), image_folder=_within(source.image_folder, out))
+
+
+def _in_folder(data: DataConfig) -> tuple[SourceConfig, ...]:
+    """The named sources with their files of `data.folder`; ValueError naming those that it does not hold, unless they may be left out."""
+    folder, found, absent = Path(data.folder), [], []
+    for source in data.sources:
+        if source.path or not source.name:
+            found.append(source)
+            continue
+        file = next((path for path in (folder / f"{source.name}.jsonl", folder / f"{source.name}.json") if path.is_file()), None)
+        if file is None:
+            absent.append(source.name)
+            continue
+        images = folder / source.name
+        found.append(replace(source, path=str(file), image_folder=str(images) if images.is_dir() else "", mock=None))
+    if not found or (absent and data.absent == "stop"):
+        fix = "put NAME.jsonl and the folder NAME of its images there, or set data.absent=skip to train without them"
+        raise ValueError(f"{folder} holds {len(found)} of {len(found) + len(absent)} data sets and not {', '.join(absent)}; {fix}")
+    return tuple(found)
 
 
 def _within(path: str, out: str) -> str:

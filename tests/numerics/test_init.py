@@ -205,7 +205,7 @@ def test_dry_run(name, tmp_path, capsys):
     """A large recipe says that its samples are made up, what is trained, and the memory of each rank; and writes nothing."""
     api.dry_run(name, ["data.workers=0", f"out={tmp_path / 'run'}"], ranks=8)
     said = capsys.readouterr().out
-    assert said.startswith("data.source is not set: pretrain, finetune will train on made-up text and images")
+    assert said.startswith("data.source and data.folder are not set: pretrain, finetune will train on made-up text and images")
     assert "Memory on each of 8 rank(s)" in said and "GiB" in said
     assert not (tmp_path / "run").exists()
 

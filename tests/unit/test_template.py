@@ -32,6 +32,7 @@ WRITTEN = {
     f"User\nWhy?\n<extra_id_1>Assistant\n<extra_id_2>{LABELS}\n[So.\n<extra_id_1>]",
     "gemma": "{s}<start_of_turn>user\nBe brief.\n\n{i}\nHi?<end_of_turn>\n<start_of_turn>model\n[Yes.<end_of_turn>]\n"
     "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n[So.<end_of_turn>]\n",
+    "nvlm-pretrain": "Be brief.\n{i}\nHi?\n[Yes.<|im_end|>]Why?\n[So.<|im_end|>]",
     "text": "Be brief.{i}\nHi?[Yes.{e}]Why?[So.{e}]",
 }
 SAME = {"qwen": "chatml", "nvlm-chatml": "chatml", "nvlm-chatml-paper": "chatml", "nv_dpo": "nvgpt"}

@@ -1,0 +1,66 @@
+"""NVLM-D, -X and -H at toy size: pages of handwritten digits, read tile by tile, in minutes on a laptop CPU with nothing prepared."""
+
+from dataclasses import replace
+from typing import Literal
+
+from neva.job import BatchConfig, CheckpointConfig, DataConfig, EvaluateConfig, OptimConfig, SourceConfig, TrainConfig
+from neva.models.decoder import DecoderConfig
+from neva.models.vlm import ImageConfig, VLMConfig
+from neva.recipes.demo import MODEL, TOKENIZER
+
+DECODER = DecoderConfig(vocab=512, width=128, layers=4, heads=4, kv_heads=2, ffn=352, max_positions=1024)
+IMAGE = ImageConfig(aspect="tiles", max_tiles=6, tags="1d", prefix="<Image>", suffix="</Image>", thumbnail_tag="<tile_global>")
+_D = VLMConfig(decoder=DECODER, vision=MODEL.vision, projector="norm_ffn_gelu", pixel_shuffle="v2", image=IMAGE)
+_CROSSED = replace(DECODER, cross_layers=(1, 3))
+MODELS: dict[str, VLMConfig] = {
+    "d": _D,
+    "x": replace(_D, decoder=_CROSSED, inline="none", projector="norm_linear"),
+    "h": replace(_D, decoder=_CROSSED, inline="thumbnail", tag_binding="added"),
+}
+"""H adds tags to their tiles' features: among keys without positions, as the article has them, they name no tile (docs/nvlm.md)."""
+
+
+def _source(name: str, weight: float) -> SourceConfig:
+    return SourceConfig(path=f"{{out}}/data/{name}.json", image_folder="{out}/data/images", name=name, weight=weight, make="pages")
+
+
+def _stages(kind: Literal["d", "x", "h"]) -> tuple[TrainConfig, ...]:
+    """Both stages train all of it but the first's decoder: there are no pretrained weights to ship."""
+    model = MODELS[kind]
+    pretrain = TrainConfig(
+        name="pretrain",
+        model=model,
+        trainable=("*", "!decoder.embed.*"),
+        data=DataConfig(sources=(_source("captions", 1.0),), tokenizer=TOKENIZER, template="nvlm-pretrain", workers=0),
+        batch=BatchConfig(seq_length=512, rows=8, micro_rows=2, max_tiles=64),
+        optim=OptimConfig(lr=1e-3, warmup=10.0, betas=(0.9, 0.95), weight_decay=0.05),
+        steps=60,
+        precision="fp32",  # at these sizes bf16 is slower, also on CPUs that have it
+        checkpoint=CheckpointConfig(every=0, keep_last=0),
+        out=f"runs/nvlm-{kind}-tiny",
+    )
+    finetune = replace(
+        pretrain,
+        name="finetune",
+        trainable=("*",),
+        data=replace(pretrain.data, sources=(_source("pages", 0.85), _source("text", 0.15)), template="v1", system=""),
+        optim=OptimConfig(lr=1e-3, min_lr=2e-5, warmup=20.0, betas=(0.9, 0.98), weight_decay=0.05),
+        steps=500,
+        evaluate=EvaluateConfig(every=0, source="{out}/data/heldout.json", image_folder="{out}/data/images"),
+    )
+    return pretrain, finetune
+
+
+def nvlm_d_tiny() -> tuple[TrainConfig, ...]:
+    """NVLM-D from scratch on pages of digits, minutes on a laptop CPU."""
+    return _stages("d")
+
+
+def nvlm_x_tiny() -> tuple[TrainConfig, ...]:
+    """NVLM-X from scratch on pages of digits, minutes on a laptop CPU."""
+    return _stages("x")
+
+
+def nvlm_h_tiny() -> tuple[TrainConfig, ...]:
+    """NVLM-H from scratch on pages of digits, minutes on a laptop CPU."""
+    return _stages("h")
