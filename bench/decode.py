@@ -40,7 +40,7 @@ class NoText(Tokenizer):
 
     bos, eos, pad, size = None, -1, 0, IMAGE_ID
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, first: bool = True) -> list[int]:
         return []
 
     def decode(self, ids: Sequence[int]) -> str:
