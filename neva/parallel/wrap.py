@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from neva.models.cross import CrossAttention
 from neva.models.vlm import VLM
 
 _RECOMPUTE_PREFIX = "_checkpoint_wrapped_module."
@@ -54,7 +55,7 @@ def parallelize(model: VLM, mesh: DeviceMesh, *, precision: str, recompute: str 
             blocks[number].compile()
     half = precision == "bf16"
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32 if half else None)
-    crosses = [block.cross for block in model.decoder.blocks if block.cross is not None]  # apart: they train where the decoder is frozen
+    crosses = [module for module in model.modules() if isinstance(module, CrossAttention)]  # apart: they train where the decoder is frozen
     groups = [m for m in (*crosses, *blocks, model.vision, model.projector, model.head, model) if m is not None and any(True for _ in m.parameters())]
     sharded: set[nn.Parameter] = set()
     for module in groups:

@@ -141,7 +141,7 @@ def test_text_and_pixels(images, tmp_path):
 def test_pixels_of_processors(made, size, tmp_path):
     """What a preprocessor_config.json says is what we do: uint8 pixels equal bit for bit, normalised ones to rounding; and ours reads back."""
     from neva.data.image import to_tiles
-    from neva.models.hf_config import image_config, processor_json
+    from neva.models.hf_vlm import image_config, processor_json
     from neva.models.presets import VLMS as PRESETS
     from neva.models.vit import normalise
     from neva.models.vlm import VLMConfig

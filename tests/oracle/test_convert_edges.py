@@ -343,7 +343,7 @@ def test_processors_that_are_refused(fields, said, tmp_path):
 )
 def test_processors_that_are_taken(fields, aspect):
     """What a preprocessor_config.json means, in the spellings of several years."""
-    from neva.models.hf_config import image_config
+    from neva.models.hf_vlm import image_config
 
     image, pixels = image_config(fields)
     assert image.aspect == aspect and pixels == {"image": 28}
@@ -422,13 +422,13 @@ def test_changed_rotary_positions_of_a_llava(tmp_path):
 def phi3(folder: Path) -> str:
     build(llama(), folder)
     change(folder, model_type="phi3")
-    return "model_type='phi3', which is not supported yet; there are llava, the decoders llama, mistral.*the encoders clip, siglip"
+    return "model_type='phi3', which is not supported yet; there are llava, .*the decoders llama, mistral.*the encoders clip, siglip"
 
 
-def llava_next(folder: Path) -> str:
+def qwen2_vl(folder: Path) -> str:
     whole(folder)
-    change(folder, model_type="llava_next", image_grid_pinpoints=[[56, 28]])
-    return "model_type='llava_next', which is not supported yet; there are llava, the decoders"
+    change(folder, model_type="qwen2_vl")
+    return "model_type='qwen2_vl', which is not supported yet; there are llava, llava_next, NVLM_D, the decoders"
 
 
 def lora(folder: Path) -> str:
@@ -508,7 +508,7 @@ def lfs_tokenizer(folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "made",
-    [phi3, llava_next, lora, lora_with_config, gguf, empty, other_files, a_file, nothing, a_checkpoint, a_run, lfs, lfs_of_torch, lfs_tokenizer],
+    [phi3, qwen2_vl, lora, lora_with_config, gguf, empty, other_files, a_file, nothing, a_checkpoint, a_run, lfs, lfs_of_torch, lfs_tokenizer],
 )
 def test_what_is_no_model_is_named(made, tmp_path):
     """The message says what lies there and what to do."""
@@ -518,7 +518,7 @@ def test_what_is_no_model_is_named(made, tmp_path):
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("neva*"))
 
 
-@pytest.mark.parametrize("made", [phi3, llava_next, lora, gguf, lfs])
+@pytest.mark.parametrize("made", [phi3, qwen2_vl, lora, gguf, lfs])
 def test_inspect_and_init_name_them_too(made, tmp_path):
     """neva inspect does not describe what cannot be imported, and a recipe does not begin with it."""
     said = made(tmp_path / "hf")

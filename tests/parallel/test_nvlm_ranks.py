@@ -56,3 +56,13 @@ def test_stopped_and_resumed_bit_for_bit_and_packed_full(kind: str, tmp_path: Pa
     last = (folder / "checkpoints" / "step_10" for folder in (tmp_path / "run", tmp_path / "again"))
     first, second = map(runs.digests, last)
     assert first == second
+
+
+@pytest.mark.parametrize("kind", ["x", "h"])
+def test_compiled_and_recomputed(kind: str, tmp_path: Path) -> None:
+    """Blocks compiled and computed again in backward give the losses of plain ones."""
+    given = (*plan(kind, TILED, READ), "batch.seq_length=256", "batch.rows=2", "batch.micro_rows=1")
+    runs.run("train", *given, f"out={tmp_path / 'plain'}")
+    runs.run("train", *given, "compile=true", "recompute=block", f"out={tmp_path / 'other'}")
+    for a, b in zip(runs.metrics(tmp_path / "plain"), runs.metrics(tmp_path / "other"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
