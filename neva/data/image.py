@@ -79,43 +79,43 @@ def to_tiles(image: Image.Image, layout: ImageLayout, *, max_tiles: int = 0) -> 
         image = _pad(image, layout.pad_colour)
     if layout.aspect == "crop":
         image = _crop(image, layout)
-    return _cut(_resized(image, (layout.tile, layout.tile), layout), layout.tile)
+    return _resized(image, (layout.tile, layout.tile), layout)[None].permute(0, 3, 1, 2)
 
 
 def _grid(image: Image.Image, layout: ImageLayout, max_tiles: int) -> UInt8[Tensor, "n 3 p p"]:
-    """The tiles of a grid, row by row, and the whole image before or after them."""
+    """The tiles of a grid, row by row, and the whole image before or after them. In memory colours stand together, as both resizers give them."""
     found, side = tiling(image.size, layout, max_tiles=max_tiles), layout.tile
     size = (side * found.columns, side * found.rows)
     if layout.aspect == "anyres":
         inner = fitted(image.size, best_pinpoint(image.size, layout.pinpoints))
         padded = Image.new("RGB", size)  # black, the image in its middle
         padded.paste(image.resize(inner, RESAMPLE[layout.resample]), ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2))
-        tiles = _cut(_pixels(padded), side)
+        pixels = _pixels(padded)
     else:
-        tiles = _cut(_resized(image, size, layout), side)
-    if found.thumbnail == "none":
-        return tiles
-    whole = _cut(_resized(image, (side, side), layout), side)
-    return torch.cat((whole, tiles) if found.thumbnail == "first" else (tiles, whole))
+        pixels = _resized(image, size, layout)
+    tiles = torch.empty(found.tiles, side, side, 3, dtype=torch.uint8)
+    first = int(found.thumbnail == "first")
+    grid = tiles[first : first + found.columns * found.rows].view(found.rows, found.columns, side, side, 3)
+    grid.copy_(pixels.view(found.rows, side, found.columns, side, 3).transpose(1, 2))
+    if found.thumbnail != "none":
+        tiles[found.whole] = _resized(image, (side, side), layout)
+    return tiles.permute(0, 3, 1, 2)
 
 
-def _pixels(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def _pixels(image: Image.Image) -> UInt8[Tensor, "h w 3"]:
+    return torch.from_numpy(np.array(image))
 
 
-def _resized(image: Image.Image, size: tuple[int, int], layout: ImageLayout) -> UInt8[Tensor, "3 h w"]:
-    """The image at another (width, height); stored pixel by pixel, as both resizers want it."""
+def _resized(image: Image.Image, size: tuple[int, int], layout: ImageLayout) -> UInt8[Tensor, "h w 3"]:
+    """The image at another (width, height)."""
     if layout.resize == "exact" or image.size == size:
         return _pixels(image.resize(size, RESAMPLE[layout.resample]))  # to the same size it is a copy
     assert layout.resample in ("bicubic", "bilinear"), "VLMConfig checks it"
-    given = _pixels(image)[None]
-    return F.interpolate(given, size=(size[1], size[0]), mode=layout.resample, antialias=True, align_corners=False)[0]
-
-
-def _cut(pixels: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "n 3 p p"]:
-    """Squares of a side, row by row."""
-    tiles = pixels.unflatten(2, (-1, side)).unflatten(1, (-1, side)).permute(1, 3, 0, 2, 4)
-    return tiles.reshape(-1, 3, side, side).contiguous()
+    given = _pixels(image)[None].permute(0, 3, 1, 2)  # torch is twice as fast where it sees that colours stand together
+    # Pillow rounds and clips between its two passes, so their order shows; where only the height shrinks it begins with that.
+    for high, wide in ((size[1], image.width), (size[1], size[0])) if size[0] >= image.width and size[1] < image.height else ((size[1], size[0]),):
+        given = F.interpolate(given, size=(high, wide), mode=layout.resample, antialias=True, align_corners=False)
+    return given[0].permute(1, 2, 0)
 
 
 @cache

@@ -53,10 +53,10 @@ def test_an_image_without_a_pixel(size: tuple[int, int]) -> None:
 
 
 def pictures() -> list[Image.Image]:
-    """Real images, 50 where the shared data lies beside the repository; the demo's page and digits elsewhere."""
-    paths = [path for folder in ("vega_charts", "forms", "nlvr", "mathv", "emoji") for path in sorted((SHARED / folder).rglob("*.png"))[:10]]
-    paths = paths or [Path(__file__).parents[2] / "docs" / "demo.png"]
-    return [open_image(path) for path in paths]
+    """Real images, 60 where the shared data lies beside the repository; the demo's page elsewhere."""
+    names = [name for name in ("vega_charts", "forms", "nlvr", "mathv", "emoji", "easyvqa") if (SHARED / name).is_dir()]
+    paths = [path for name in names for path in sorted(p for p in (SHARED / name).rglob("*.*") if p.suffix in (".png", ".jpg", ".jpeg"))[:10]]
+    return [open_image(path) for path in paths or [Path(__file__).parents[2] / "docs" / "demo.png"]]
 
 
 def as_tiles(images: list[Image.Image]) -> torch.Tensor:
