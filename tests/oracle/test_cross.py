@@ -3,19 +3,24 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from neva.batch import IGNORE, IMAGE, Batch
+from neva.data.encode import Encoder
 from neva.data.pack import Budget, collate
 from neva.data.sample import Encoded
+from neva.data.tokenizer import load_tokenizer
+from neva.infer.generate import Loaded, Sampling, generate_encoded
 from neva.models.cross import CrossConfig, dense
 from neva.models.decoder import DecoderConfig
 from neva.models.layers import rope, rope_tables
 from neva.models.vit import VisionConfig
 from neva.models.vlm import VLM, ImageConfig, VLMConfig, build
+from neva.recipes.demo import TOKENIZER
 
 torch.set_num_threads(1)
 VOCAB = 60
@@ -295,3 +300,28 @@ def test_recomputed_blocks_compute_the_same():
         losses.sum().backward()
         found.append((losses.detach(), model.decoder.embed.weight.grad, model.projector[1].weight.grad))
     assert all((a - b).abs().max() < 1e-6 for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cached_decoding_is_the_argmax_of_full_forwards(name):
+    """A batch of prompts with none to three images, whose memory the prefill keeps, against running the whole text anew for each token."""
+    config = CONFIGS[name]
+    tokenizer = load_tokenizer(TOKENIZER)
+    wide = replace(config, decoder=replace(config.decoder, vocab=512))
+    model = made(wide)
+    loaded = Loaded(model=model, encoder=Encoder(tokenizer, "text", None, wide.layout), device=torch.device("cpu"), folder=Path())
+    prompts = [sample(wide, seed, images=images) for seed, images in enumerate((1, 0, 3, 2))]
+    with torch.no_grad():
+        answers = generate_encoded(loaded, prompts, Sampling(max_new_tokens=6))
+        for prompt, answer in zip(prompts, answers, strict=True):
+            grown = prompt
+            for token in answer.tokens:
+                batch = packed(wide, [[grown]])
+                logits = model(batch, logits_at=torch.tensor([len(grown.tokens) - 1])).logits
+                assert int(logits.argmax()) == token
+                seen = torch.tensor([prompt.next_sees if prompt.next_sees[0] < prompt.next_sees[1] else (0, 0)])
+                more = torch.tensor([token])
+                grown = replace(
+                    grown, tokens=torch.cat((grown.tokens, more)), labels=torch.cat((grown.labels, more)), sees=torch.cat((grown.sees, seen))
+                )  # fmt: skip
+            assert answer.tokens
