@@ -1,6 +1,7 @@
 """What only a GPU shows: varlen attention, bf16, and a run end to end. `make test-gpu`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from neva.data.tokenizer import load_tokenizer
 from neva.models.presets import VLMS
 from neva.models.vlm import build
 from neva.recipes.demo import TOKENIZER
+from tests.oracle import test_cross
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -42,6 +44,29 @@ def test_losses_and_gradients_equal_the_cpu(dtype, tolerance):
     for name, p in model.named_parameters():
         scale = gradients[name].abs().max().clamp_min(1e-6)
         assert (p.grad.float().cpu() - gradients[name]).abs().max() / scale < 20 * tolerance, name
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-1)])
+@pytest.mark.parametrize("name", ["X", "X, grouped as the decoder", "X, rotary keys", "H", "H, tags added"])
+def test_cross_attention_equals_the_cpu(name, dtype, tolerance):
+    """Runs by varlen kernels in half precision and by a mask of all pairs in fp32, text-only rows among them; nothing to see is exactly 0."""
+    config, model = test_cross.CONFIGS[name], test_cross.made(test_cross.CONFIGS[name])
+    samples = [test_cross.sample(config, seed, images=images) for seed, images in enumerate((1, 0, 3, 2))]
+    batch = test_cross.packed(config, [samples])
+    expected = model(batch).losses
+    expected.sum().backward()
+    gradient = model.decoder.blocks[1].cross.k.weight.grad.clone()
+    model.zero_grad()
+    model.to("cuda", dtype)
+    losses = model(batch.to("cuda")).losses
+    losses.sum().backward()
+    assert torch.allclose(losses.float().cpu(), expected, atol=tolerance, rtol=tolerance)
+    found = model.decoder.blocks[1].cross.k.weight.grad.float().cpu()
+    assert (found - gradient).abs().max() / gradient.abs().max() < 20 * tolerance
+    model.zero_grad()
+    blind = test_cross.packed(config, [[samples[1]]])
+    model(replace(blind, any_tiles=True).to("cuda")).losses.sum().backward()
+    assert not model.decoder.blocks[1].cross.k.weight.grad.any()
 
 
 @pytest.mark.parametrize("extra", [[], ["recompute=block"], ["compile=true"]])
