@@ -21,6 +21,7 @@ from neva.models.decoder import DecoderConfig
 from neva.models.vlm import VLM, VLMConfig, build
 from tests import families
 from tests.nemo import write
+from tests.oracle import test_nvlm
 from tests.packed import item, pack
 
 PAGE = Path(__file__).with_name("models.md")
@@ -50,11 +51,18 @@ ROWS: dict[str, tuple[str, Callable]] = {
     "LLaVA on Mixtral and SigLIP": ("VLM", families.VLMS["llava mixtral siglip"]),
     "LLaVA on Nemotron": ("VLM", families.VLMS["llava nemotron"]),
 }
+WRITTEN: dict[str, Callable[[Path], object]] = {"LLaVA-NeXT (1.6)": test_nvlm.following, "NVLM-D, its encoder, projector and decoder": test_nvlm.nvlm}
+"""VLMs whose folder is written by a test's own function."""
 
 
 def row(name: str, kind: str, make: Callable, folder: Path) -> str:
     """One line of the table, measured."""
-    config = make()
+    _write(kind, make(), folder)
+    return measured(name, kind, folder)
+
+
+def _write(kind: str, config: tf.PreTrainedConfig, folder: Path) -> None:
+    """A tiny random model in `folder/hf`."""
     if kind == "VLM":
         config.text_config.vocab_size = 390
     families.build(config, folder / "hf")
@@ -63,6 +71,10 @@ def row(name: str, kind: str, make: Callable, folder: Path) -> str:
     if config.model_type == "dinov2":
         settings = {"size": {"height": 28, "width": 28}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         (folder / "hf" / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def measured(name: str, kind: str, folder: Path) -> str:
+    """The line of the model in `folder/hf`."""
     source = read_source(folder / "hf")
     chosen = plan([source], Options())
     found = gate.compare([source], chosen.model, chosen.vision, chosen.read)
@@ -133,6 +145,10 @@ def main() -> None:
     for name, (kind, make) in ROWS.items():
         with tempfile.TemporaryDirectory() as scratch:
             lines.append(row(name, kind, make, Path(scratch)))
+    for name, write_folder in WRITTEN.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            write_folder(Path(scratch) / "hf")
+            lines.append(measured(name, "VLM", Path(scratch)))
     for name, make in (("Llama", families.llama), ("Mixtral", families.mixtral), ("Nemotron", families.nemotron)):
         with tempfile.TemporaryDirectory() as scratch:
             config = replace_sizes(make())
