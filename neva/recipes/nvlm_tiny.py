@@ -25,16 +25,16 @@ def _source(name: str, weight: float) -> SourceConfig:
 
 
 def _stages(kind: Literal["d", "x", "h"]) -> tuple[TrainConfig, ...]:
-    """Both stages train all of it but the first's decoder: there are no pretrained weights to ship."""
+    """Both stages train everything, the first all but the embedding: there are no pretrained weights to ship."""
     model = MODELS[kind]
     pretrain = TrainConfig(
         name="pretrain",
         model=model,
         trainable=("*", "!decoder.embed.*"),
         data=DataConfig(sources=(_source("captions", 1.0),), tokenizer=TOKENIZER, template="nvlm-pretrain", workers=0),
-        batch=BatchConfig(seq_length=512, rows=8, micro_rows=2, max_tiles=64),
+        batch=BatchConfig(seq_length=1024, rows=4, micro_rows=1, max_tiles=128),
         optim=OptimConfig(lr=1e-3, warmup=10.0, betas=(0.9, 0.95), weight_decay=0.05),
-        steps=60,
+        steps=200,
         precision="fp32",  # at these sizes bf16 is slower, also on CPUs that have it
         checkpoint=CheckpointConfig(every=0, keep_last=0),
         out=f"runs/nvlm-{kind}-tiny",
@@ -45,7 +45,7 @@ def _stages(kind: Literal["d", "x", "h"]) -> tuple[TrainConfig, ...]:
         trainable=("*",),
         data=replace(pretrain.data, sources=(_source("pages", 0.85), _source("text", 0.15)), template="v1", system=""),
         optim=OptimConfig(lr=1e-3, min_lr=2e-5, warmup=20.0, betas=(0.9, 0.98), weight_decay=0.05),
-        steps=500,
+        steps=800,
         evaluate=EvaluateConfig(every=0, source="{out}/data/heldout.json", image_folder="{out}/data/images"),
     )
     return pretrain, finetune
