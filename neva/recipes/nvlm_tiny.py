@@ -17,7 +17,7 @@ MODELS: dict[str, VLMConfig] = {
     "x": replace(_D, decoder=_CROSSED, inline="none", projector="norm_linear"),
     "h": replace(_D, decoder=_CROSSED, inline="thumbnail", tag_binding="added"),
 }
-"""H adds tags to their tiles' features: among keys without positions, as the article has them, they name no tile (docs/nvlm.md)."""
+"""H adds tags to their tiles' features: among keys without positions, as the article has them, they name no tile."""
 
 
 def _source(name: str, weight: float) -> SourceConfig:
