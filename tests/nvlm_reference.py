@@ -1,4 +1,4 @@
-"""A straight-line NVLM-D-72B and its processor, as an oracle: written from the published description alone; imports nothing of neva.
+"""A straight-line NVLM-D-72B and its processor, as an oracle: written from the published description and config.json; imports nothing of neva.
 
 Everything is per tile and per sequence, without a batch: slow, and easy to check by eye. The dtype is that of the weights.
 Letters of the shapes: n tiles, s pixels a side, p patches (without the class token), m patches merged into one token (4), h hidden width,

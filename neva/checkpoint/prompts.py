@@ -65,6 +65,8 @@ def compare_prompts(folder: Path, encoder: Encoder, vision: VisionConfig | None)
             tiles = torch.cat([to_tiles(picture, encoder.layout) for picture in pictures])
             apart = max(apart, float((normalise(tiles, vision.mean, vision.std) - given["pixel_values"][: len(tiles)]).abs().max()))
         equal += 1
+    if not equal:
+        raise CheckpointError(f"{folder}: its template takes none of {', '.join(TALKS)}, so no prompt can be compared (--no-parity publishes it).")
     if apart > PIXELS:
         raise CheckpointError(f"{folder}: transformers' image processor gives pixels that differ by {apart:.2e} from those that the model is fed.")
     return f"Prompts: {equal} of {equal} have transformers' token ids" + (f"; largest difference of pixels {apart:.1e}" if images else "")

@@ -286,12 +286,11 @@ def _processor_files(vision: VisionConfig, image: ImageConfig, origin: Origin, *
             said = json.loads(kept.get("processor_config.json", b"{}"))
             if not vlm or all(said.get(name) == value for name, value in _feature_count(vision).items()):
                 return kept
-            kind = "LlavaNextProcessor" if image.aspect == "anyres" else "LlavaProcessor"
-            whole = {"image_token": MARKER, **said, "processor_class": kind, **_feature_count(vision)}
+            whole = {"image_token": MARKER, **said, "processor_class": hf_vlm.processor_class(image.aspect), **_feature_count(vision)}
             return {**kept, "processor_config.json": json.dumps(whole, indent=2).encode() + b"\n"}
     written = {"preprocessor_config.json": hf_vlm.processor_json(image, vision)}
     if vlm:
-        kind = "LlavaNextProcessor" if image.aspect == "anyres" else "LlavaProcessor"
+        kind = hf_vlm.processor_class(image.aspect)
         written["preprocessor_config.json"]["processor_class"] = kind
         written["processor_config.json"] = {"processor_class": kind, "image_token": MARKER, **_feature_count(vision)}
     return {name: json.dumps(value, indent=2).encode() + b"\n" for name, value in written.items()}

@@ -13,6 +13,7 @@ from neva.data.template import starts
 from neva.data.templates import find_template
 from neva.data.tokenizer import JsonTokenizer, Tokenizer
 from neva.data.vocabularies import from_sentencepiece
+from neva.models.hf_vlm import processor_class
 
 PAD = "<pad>"
 TEXT_FILES = (
@@ -48,7 +49,7 @@ def prepare_tokens(encoder: Encoder, *, origin: Path | None, length: int) -> Tok
         files = from_sentencepiece(tokenizer.files["tokenizer.model"])
     model = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **json.loads(files.get("tokenizer_config.json", b"{}"))}
-    config = {"model_max_length": length, **config} | ({"processor_class": _processor(encoder)} if images else {})
+    config = {"model_max_length": length, **config} | ({"processor_class": processor_class(encoder.layout.aspect)} if images else {})
     names = {"bos_token": tokenizer.start, "eos_token": tokenizer.eos}
     config |= {role: model.id_to_token(id) for role, id in names.items() if id is not None and not config.get(role)}
     before = model.to_str()
@@ -66,10 +67,6 @@ def prepare_tokens(encoder: Encoder, *, origin: Path | None, length: int) -> Tok
     files |= _generation(encoder, pad_id, origin)
     image = model.token_to_id(MARKER) if images else None
     return Tokens(files=files, image_token=-1 if image is None else image, pad_token=pad_id, size=size)
-
-
-def _processor(encoder: Encoder) -> str:
-    return "LlavaNextProcessor" if encoder.layout.aspect == "anyres" else "LlavaProcessor"
 
 
 def _add(model: tokenizers.Tokenizer, names: list[str]) -> None:
@@ -118,7 +115,7 @@ _CAPTION = (
     "{%- if message.role == 'user' %}{% set part.text = IMAGE * part.images %}",
     "{%- else %}{% for item in message.content if item.type == 'text' %}{% set part.text = part.text + item.text %}{% endfor %}{% endif %}",
 )
-"""The content of a turn as one text. A caption's question is its images alone."""
+"""The content of a turn as one text, IMAGE for what stands for one. A caption's question is its images alone."""
 
 
 def _flattened(system: str, around: tuple[str, str], *, caption: bool) -> str:
@@ -134,7 +131,7 @@ def _flattened(system: str, around: tuple[str, str], *, caption: bool) -> str:
         "{%- if message.content is string %}{% set part.text = message.content %}",
         "{%- else %}",
         "{%- for item in message.content if item.type == 'image' %}{% set part.images = part.images + 1 %}{% endfor %}",
-        *(_CAPTION if caption else _CHAT),
+        *(line.replace("IMAGE", repr(f"{around[0]}{MARKER}{around[1]}")) for line in (_CAPTION if caption else _CHAT)),
         "{%- endif %}",
         "{%- set flat.messages = flat.messages + [{'role': message.role, 'content': part.text}] %}",
         "{%- endfor %}",
@@ -143,7 +140,7 @@ def _flattened(system: str, around: tuple[str, str], *, caption: bool) -> str:
     if system:
         first = f"[{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}]"
         lines.append(f"{{%- if messages[0].role != 'system' %}}{{% set messages = {first} + messages %}}{{% endif %}}")
-    return "\n".join(lines).replace("IMAGE", repr(f"{around[0]}{MARKER}{around[1]}"))
+    return "\n".join(lines)
 
 
 def _generation(encoder: Encoder, pad: int | None, origin: Path | None) -> dict[str, bytes]:

@@ -207,6 +207,11 @@ NVLM_HOLDS: dict[str, tuple[object, ...]] = {
 """The same of NVLM-D."""
 
 
+def processor_class(aspect: str) -> str:
+    """transformers' processor of a LLaVA whose images are brought to size so."""
+    return "LlavaNextProcessor" if aspect == "anyres" else "LlavaProcessor"
+
+
 def processor_json(image: ImageConfig, vision: VisionConfig) -> dict[str, Any]:
     """A preprocessor_config.json that brings images to size as we do. ValueError where no processor of transformers does."""
     if image.process:

@@ -98,7 +98,8 @@ class VLMConfig:
     `decoder.cross_layers`."""
     tag_binding: TagBinding = "adjacent"
     """NVLM-H: how a memory tile's tag is tied to it. `adjacent` has the tag's embeddings among the keys, as the article says, where nothing but
-    their neighbourhood, which attention does not see, ties them; `rotary` adds positions to the keys; `added` adds the tag to the features."""
+    their neighbourhood, which attention does not see, ties them; `rotary` adds positions to the keys (`decoder.cross.rotary`); `added` adds
+    the tag to the features."""
     cross_visible: CrossVisible = "latest"
     """Which images a token sees in the memory: the last one before it, or all before it."""
 
@@ -130,6 +131,10 @@ class VLMConfig:
             raise ValueError(f"use_im_start_end, image.aspect=anyres and image.tag_tokens=joined need inline=all, not inline={self.inline}.")
         if self.tag_binding != "adjacent" and (self.inline != "thumbnail" or image.tags == "none"):
             raise ValueError(f"tag_binding={self.tag_binding} ties tags to tiles of the memory: it needs inline=thumbnail and image.tags.")
+        keyed = self.inline == "thumbnail" and image.tags != "none" and self.tag_binding != "added"
+        if keyed and (self.tag_binding == "rotary") != self.decoder.cross.rotary:
+            fix = "tag_binding=rotary and decoder.cross.rotary=true go together, or neither"
+            raise ValueError(f"tag_binding={self.tag_binding} with decoder.cross.rotary={str(self.decoder.cross.rotary).lower()}: {fix}.")
         if image.aspect == "anyres" and self.vision is not None:
             if any(side % self.vision.image for pinpoint in image.pinpoints for side in pinpoint) or self.pixel_shuffle != "none":
                 raise ValueError(f"image.pinpoints must be multiples of vision.image={self.vision.image}, with pixel_shuffle=none.")

@@ -6,6 +6,8 @@ Training and held-out samples share no image. Everything is a function of the ar
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +42,26 @@ def write(folder: Path) -> None:
         return
     with np.load(archive()) as packed:
         images, labels = packed["images"], packed["labels"]
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    (part / "images").mkdir(parents=True)
     order = np.random.default_rng(0).permutation(len(labels))
     held_out, shown = order[:HELD_OUT], order[HELD_OUT:]
-    for number, pixels in enumerate(images):
-        Image.fromarray(pixels).save(part / "images" / _picture(number), compress_level=1)
-    for name, rows in (("captions", _captions(shown, labels)), ("train", _train(shown, labels)), ("heldout", _held_out(held_out, labels))):
-        (part / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+    with published(folder) as part:
+        for number, pixels in enumerate(images):
+            Image.fromarray(pixels).save(part / "images" / _picture(number), compress_level=1)
+        write_rows(part, {"captions": _captions(shown, labels), "train": _train(shown, labels), "heldout": _held_out(held_out, labels)})
+
+
+def write_rows(folder: Path, rows: dict[str, list[dict]]) -> None:
+    """NAME.json of each list of samples."""
+    for name, listed in rows.items():
+        (folder / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, listed)) + "\n]\n", encoding="utf-8")
+
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """A folder with images/ to write into, which becomes `folder` when all is there."""
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    (part / "images").mkdir(parents=True)
+    yield part
     try:
         part.rename(folder)
     except OSError:

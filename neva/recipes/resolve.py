@@ -143,6 +143,8 @@ def _check_sizes(stage: TrainConfig) -> None:
         raise ValueError(f"batch.seq_length={stage.batch.seq_length} is beyond {limit}; lower the one or raise the other")
     if stage.model.layout.tokens_per_image >= stage.batch.seq_length:
         raise ValueError(f"an image takes {stage.model.layout.tokens_per_image} tokens, all of batch.seq_length={stage.batch.seq_length}; raise it")
+    if stage.data.fewer_tiles and stage.model.image.aspect != "tiles":
+        raise ValueError(f"data.fewer_tiles has no effect on model.image.aspect={stage.model.image.aspect}, which cuts no grid; leave it out")
     for key, least in LEAST.items():
         value = attrgetter(key)(stage)
         if value < least:

@@ -86,6 +86,8 @@ class StepReport:
     seconds: float
     skipped_samples: int
     """Samples left out so far: unreadable or over-long."""
+    reduced_samples: int
+    """Samples so far whose images were cut into fewer tiles to fit (`data.fewer_tiles`)."""
     skipped_steps: int
 
 

@@ -99,6 +99,8 @@ def prepare(
     parallelize(model, mesh, precision=config.precision, recompute=config.recompute, compile=config.compile)
     begin, origins = _origins(config, start, resume)
     found = lambda name: any(takes(name) for _, takes in origins)  # noqa: E731
+    if new := dict.fromkeys(part_of(name) for name, _ in model.named_parameters() if origins and not found(name)):
+        say(f"New, drawn from seed {config.seed}: {', '.join(new)}")
     fill(model, device, lambda name, shape: None if found(name) else fresh(name, shape, config.seed))
     for folder, takes in origins:
         store.load_weights(folder, into=dict(logical_parameters(model)), only=takes)
@@ -129,6 +131,8 @@ def _origins(config: TrainConfig, start: Path | None, resume: Path | None) -> tu
 def _taking(folder: Path, parts: set[str]) -> Callable[[str], bool]:
     """Is a parameter of these parts? Cross-attention layers are drawn anew where the checkpoint is of a model without them."""
     crossed = store.load_config(folder).get("model", {}).get("decoder", {}).get("cross_layers")
+    if parts == {"cross"} and not crossed:
+        raise ValueError(f"init.cross: {folder} is of a model without cross-attention; name another, or set init.cross=fresh.")
     chosen = parts if crossed else parts - {"cross"}
     return lambda name: part_of(name) in chosen
 
@@ -268,6 +272,7 @@ def _report(
         memory_gib=memory_gib(stage.device),
         seconds=seconds,
         skipped_samples=stage.loader.counts["dropped"] + stage.loader.counts["skipped"],
+        reduced_samples=stage.loader.counts["reduced"],
         skipped_steps=stage.skipped_steps,
     )
 

@@ -359,7 +359,7 @@ def test_every_step_has_a_flushed_line_whatever_is_printed(data: Path, tmp_path:
     for line in lines:
         assert set(line) == {
             "stage", "step", "loss", "losses", "balance", "grad_norm", "lr", "tokens", "labels", "padding", "tokens_per_s", "images_per_s",
-            "flops_per_s", "mfu", "memory_gib", "seconds", "skipped_samples", "skipped_steps",
+            "flops_per_s", "mfu", "memory_gib", "seconds", "skipped_samples", "reduced_samples", "skipped_steps",
         }  # fmt: skip
         assert line["tokens"] == round((1 - line["padding"]) * 128 * 4) and 0 < line["labels"] < line["tokens"]
         assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["seconds"]) and line["memory_gib"] > 0 < line["flops_per_s"]

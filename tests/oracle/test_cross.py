@@ -44,7 +44,7 @@ CONFIGS = {
     "X, grouped as the decoder": with_cross(X, kv_heads=2),
     "H": H,
     "H, tags added": replace(H, tag_binding="added"),
-    "H, rotary keys": replace(with_cross(H, rotary=True), tag_binding="rotary"),
+    "H, rotary keys": replace(H, tag_binding="rotary", decoder=replace(DECODER, cross=CrossConfig(rotary=True))),
     "H, LayerNorm": replace(H, decoder=replace(DECODER, norm="layernorm1p", mlp="squared_relu", rotary_fraction=0.5)),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from PIL import Image
 
 from neva import api
 from neva.batch import IMAGE
+from neva.checkpoint import prompts
 from neva.checkpoint.hf import Options
 from neva.checkpoint.manifest import CheckpointError
+from neva.checkpoint.tokens import _chat
 from neva.data.sample import Sample, Turn
 from neva.data.templates import TEMPLATES
 from neva.data.tokenizer import load_tokenizer
@@ -105,6 +108,25 @@ def test_a_tokenizers_own_template(template, tmp_path):
     for images in (0, 1, 2):
         wanted = ours(load(tmp_path / "neva"), "Hi", images)
         assert with_processor(tmp_path / "out", "Hi", images) == (wanted, wanted)
+
+
+def test_a_system_message_is_written_as_it_is(tmp_path):
+    """Whatever it says: the template's own words are no part of it."""
+    whole(tmp_path / "hf")
+    api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva", options=Options(template="v1"))
+    system = 'An IMAGE, and a "MARKER".'
+    files = _chat(replace(load(tmp_path / "neva").encoder, system=system), {})
+    assert json.dumps(system) in files["chat_template.jinja"].decode()
+
+
+def test_a_gate_that_compares_nothing_refuses(tmp_path, monkeypatch):
+    """A folder of which no prompt could be asked is not called equal."""
+    text_model(tmp_path / "hf")
+    api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva")
+    monkeypatch.setattr(prompts, "TALKS", {"an image": ((1, "user", "What?"),)})
+    with pytest.raises(CheckpointError, match="takes none of an image"):
+        api.export_checkpoint(tmp_path / "neva", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_base_model_goes_on_with_the_text(tmp_path):

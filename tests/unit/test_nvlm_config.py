@@ -74,6 +74,10 @@ REFUSED = {
     "H without a thumbnail": (lambda: replace(MODELS["h"], image=replace(X.image, thumbnail="none")), "nothing would be left"),
     "a binding without tags": (lambda: replace(MODELS["h"], image=replace(X.image, tags="none")), "tag_binding=added"),
     "a binding in X": (lambda: replace(X, tag_binding="rotary"), "tag_binding=rotary"),
+    "rotary binding without positions": (lambda: replace(MODELS["h"], tag_binding="rotary"), "go together"),
+    "positions without rotary binding": (
+        lambda: replace(MODELS["h"], tag_binding="adjacent", decoder=replace(X.decoder, cross=replace(X.decoder.cross, rotary=True))), "go together"
+    ),
     "tags in the text of X": (lambda: replace(X, image=replace(X.image, tag_tokens="joined")), "need inline=all"),
     "tiles of another aspect": (lambda: ImageConfig(aspect="pad", max_tiles=6), "max_tiles=6 needs aspect=tiles"),
     "fewer than the fewest": (lambda: ImageConfig(aspect="tiles", min_tiles=4, max_tiles=2), "need 1 <= min_tiles <= max_tiles"),
@@ -103,7 +107,11 @@ def test_other_decoders_keep_the_recipes_cross_attention(tmp_path: Path) -> None
     stages = api.recipe(given[0], [*given[1:], f"init.decoder={tmp_path / 'text'}"])
     assert stages[0].model.decoder.cross_layers == (1, 3) and stages[0].model.decoder.width == 64
     said = runs.run("train", *given, f"init.decoder={tmp_path / 'text'}", "trainable=[*]", "data.template=v1")
-    assert "cross" in said
+    assert "New, drawn from seed 0: vision, projector, cross" in said
+    said = runs.run("train", *given, f"init.cross={tmp_path / 'text'}", "--resume", "auto", f"out={tmp_path / 'no'}", code=1)
+    assert "is of a model without cross-attention" in said
+    with pytest.raises(ValueError, match=r"data.fewer_tiles has no effect on model.image.aspect=pad"):
+        resolve(api.recipe("llava-tiny", ["data.fewer_tiles=true"]))
 
 
 def test_data_sets_by_name(tmp_path: Path) -> None:
