@@ -69,14 +69,24 @@ def _model(model: VLMConfig | DecoderConfig | VisionConfig) -> dict[str, str]:
         return {"vision": _vision(model)}
     shown = {"decoder": _decoder(model.decoder)}
     if model.vision is not None:
-        layout = model.layout
         shuffled = "" if model.pixel_shuffle == "none" else f", pixel shuffle {model.pixel_shuffle}"
         shown |= {
             "vision": _vision(model.vision),
             "projector": model.projector + shuffled,
-            "images": f"{layout.aspect} to {layout.tile} x {layout.tile}, {layout.tokens_per_image} tokens, {layout.resample}",
+            "images": _images(model),
         }
     return shown
+
+
+def _images(model: VLMConfig) -> str:
+    layout, image = model.layout, model.image
+    grid = [f"at most {image.max_tiles}"] if image.max_tiles > 1 else []
+    grid += [f"thumbnail {image.thumbnail}"] if image.max_tiles > 1 and image.thumbnail != "none" else []
+    grid += [f"tags {image.tags}"] if image.tags != "none" else []
+    crossed = f"cross-attention of layers {', '.join(map(str, model.decoder.cross_layers))} reads "
+    tokens = f"{layout.tokens_per_image} tokens"
+    where = {"all": tokens, "thumbnail": f"{tokens}, {crossed}the other tiles", "none": f"{crossed}{layout.tokens_per_tile} features a tile"}
+    return ", ".join([f"{layout.aspect} to {layout.tile} x {layout.tile}", *grid, where[model.inline], layout.resample])
 
 
 def _decoder(c: DecoderConfig) -> str:

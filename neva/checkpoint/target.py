@@ -254,11 +254,9 @@ def _nvlm(folder: Path, described: Mapping[str, Any], model: VLMConfig, names: t
     source = origin.config if origin.config and origin.config.get("llm_config") else None
     written = hf_vlm.nvlm_json(model, source=source)
     table = hf.nvlm_table(hf_config.DECODERS[hf_vlm.nvlm_text(written)["model_type"]].table)
-    files: dict[str, bytes] = {}
-    if store.tokenizer_folder(folder).is_dir():
-        files = _text(folder, described, model, origin, images=False)[0].files
+    tokens, encoder = _text(folder, described, model, origin, images=False)  # no class of transformers' makes its prompts with images
     return Target(
-        kind="vlm", config=written, table=table, names=names, model=model, vision=model.vision, files=files,
+        kind="vlm", config=written, table=table, names=names, model=model, vision=model.vision, files=tokens.files, encoder=encoder,
         odd_names=origin.odd_names if source and options.keys == "source" else {},
     )  # fmt: skip
 

@@ -1,12 +1,16 @@
 """NVLM-D, -X and -H at toy size: pages of handwritten digits, read tile by tile, in minutes on a laptop CPU with nothing prepared."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from neva.job import BatchConfig, CheckpointConfig, DataConfig, EvaluateConfig, OptimConfig, SourceConfig, TrainConfig
 from neva.models.decoder import DecoderConfig
 from neva.models.vlm import ImageConfig, VLMConfig
-from neva.recipes.demo import MODEL, TOKENIZER
+from neva.recipes.demo import MODEL
+
+TOKENIZER = str(Path(__file__).with_name("tokenizer_nvlm"))
+"""A byte-level tokenizer in which a tag has five tokens, as NVLM's do."""
 
 DECODER = DecoderConfig(vocab=512, width=128, layers=4, heads=4, kv_heads=2, ffn=352, max_positions=1024)
 IMAGE = ImageConfig(aspect="tiles", max_tiles=6, tags="1d", prefix="<Image>", suffix="</Image>", thumbnail_tag="<tile_global>")

@@ -106,7 +106,9 @@ def test_prompts_are_those_of_the_published_code(sizes, tmp_path):
 def test_round_trip_of_the_key_layout(padded, tmp_path):
     config, state = nvlm(tmp_path / "hf", padded=padded)
     api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva")
-    api.export_checkpoint(tmp_path / "neva", tmp_path / "out", options=ExportOptions(shard=40_000))
+    said: list[str] = []
+    api.export_checkpoint(tmp_path / "neva", tmp_path / "out", options=ExportOptions(shard=40_000), say=said.append)
+    assert any(line.startswith("Prompts: 3 of 3") for line in said)
     assert same_bits(on_disk(tmp_path / "out"), state)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     dtypes = ("dtype", "torch_dtype")
@@ -156,6 +158,7 @@ def test_x_and_h_have_no_format(tmp_path):
     with pytest.raises(ValueError, match="would see no tile"):
         api.import_checkpoint([tmp_path / "text"], tmp_path / "no", options=Options(overrides=("decoder.cross_layers=[1]",)))
     api.import_checkpoint([tmp_path / "text", tmp_path / "seen"], tmp_path / "neva", options=options)
+    assert "at most 4, thumbnail last, tags 1d, cross-attention of layers 1 reads" in api.inspect(tmp_path / "neva")["images"]
     with pytest.raises(ValueError, match=r"inline='none', decoder.cross_layers=\(1,\)"):
         api.export_checkpoint(tmp_path / "neva", tmp_path / "out")
     api.export_checkpoint(tmp_path / "neva", tmp_path / "decoder", options=ExportOptions(part="decoder"))

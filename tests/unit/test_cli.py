@@ -237,3 +237,12 @@ def test_a_signal_reaches_every_rank(tmp_path: Path, number: signal.Signals) -> 
     started.send_signal(number)
     output, _ = started.communicate(timeout=100)
     assert started.returncode == 128 + number and output.count(f"saved {int(number)}") == 2
+
+
+FIRST = ("import neva; neva.evaluate", "from neva.api import train", "import neva.evaluate.run", "from neva import evaluate")
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_the_functions_of_neva_are_functions_whatever_was_imported_first(first: str) -> None:
+    asked = "assert all(type(getattr(neva, name)).__name__ == 'function' for name in neva.__all__)"
+    subprocess.run([sys.executable, "-c", f"{first}\nimport neva, neva.api\n{asked}\nimport neva.evaluate.report"], check=True)
