@@ -10,12 +10,13 @@ came out.
 The task: a page of handwritten digits in rows and columns, cut into a tile per digit, and the question which digit is at a place in reading order.
 As in the article, the encoder and the text decoder are trained first, once, each without the other, and the encoder stays frozen from then on:
 the encoder reads digits and whole pages squashed to one tile, the decoder answers questions without images. Each training then has two stages,
-alignment of the connector on single digits and fine-tuning of all but the encoder on pages and, for a seventh of the samples, text. A step of any
-model has as many samples as a step of another: rows are as long as its samples need.
+alignment of the connector on pages of one digit, and fine-tuning of all but the encoder on pages and, for a seventh of the samples, text. A step
+of any model has about as many samples as a step of another: rows are as long as its samples need.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 import neva
 from neva.data.encode import Encoder
@@ -37,7 +39,7 @@ from neva.job import BatchConfig, CheckpointConfig, DataConfig, InitConfig, LogC
 from neva.models.decoder import CrossConfig
 from neva.models.vlm import VLMConfig
 from neva.recipes import pages
-from neva.recipes.digits import sample, write_rows
+from neva.recipes.digits import archive, published, sample, write_rows
 from neva.recipes.nvlm_tiny import MODELS as TINY
 from neva.recipes.nvlm_tiny import TOKENIZER
 
@@ -48,6 +50,11 @@ ROOT = Path(__file__).resolve().parents[1]
 BLEND = {"pages": 0.85, "text": 0.15}
 SAMPLES = 64
 """Samples of a step, about."""
+ALIGNED, ALIKE = 9000, ((1, 1), (1, 2), (2, 1))
+"""The connector is aligned on so many pages (the small set has a sixth of them) that show one digit, once or in two hands, so that H has a memory."""
+FOLDERS = {"small": ("extra", "extra"), "noisy": ("extra", "extra"), "read": ("extra", "data")}
+"""Source -> where its file is, and its images; all others are in data/."""
+QUESTIONS = ("Which digit is this?", "Is it even?", "Is it larger than 4?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,54 +102,60 @@ CLAIMS = {
 
 
 def write_data(out: Path) -> None:
-    """The pages, and beside them what the encoder reads first and the connector is aligned on."""
+    """The pages, and beside them what the encoder reads first and what the connector is aligned on."""
     pages.write(out / "data")
-    extra = out / "extra"
-    if extra.exists():
+    if (out / "extra").exists():
         return
-    shown = json.loads((out / "data" / "captions.json").read_text())
+    with np.load(archive()) as packed:
+        images, labels = packed["images"], packed["labels"]
+    single = json.loads((out / "data" / "captions.json").read_text())
     whole = json.loads((out / "data" / "pages.json").read_text())
-    random = np.random.default_rng(5)
-    small, noisy = [], []
-    for number, row in enumerate(shown):
-        digit = int(row["conversations"][1]["value"])
-        question = ("Which digit is this?", "Is it even?", "Is it larger than 4?")[number % 3]
-        answer = (str(digit), "yes" if digit % 2 == 0 else "no", "yes" if digit > 4 else "no")[number % 3]
-        if number < 1500:
-            small.append(sample("small", row["id"], [row["image"]], question, answer))
-        named = digit if random.random() < 0.5 else int(random.integers(10))
-        noisy.append(sample("noisy", row["id"], [row["image"]], "Which digit is this?", str(named)))
-    read = [
-        sample("page", row["id"], [row["image"]], "Which digits are these?", "\n".join(" ".join(map(str, line)) for line in row["digits"]))
-        for row in whole
-    ]
-    read += [sample("digit", row["id"], [row["image"]], *(turn["value"].removeprefix("<image>\n") for turn in row["conversations"])) for row in shown]
-    extra.mkdir()
-    write_rows(extra, {"small": small, "noisy": noisy, "read": read})
+    shown = np.array([int(row["id"].removeprefix("digit-")) for row in single])
+    random, small, noisy = np.random.default_rng(5), [], []
+    with published(out / "extra") as part:
+        for number in range(ALIGNED):
+            digit, (high, wide) = int(random.integers(10)), ALIKE[number % len(ALIKE)]
+            page = images[random.choice(shown[labels[shown] == digit], (high, wide))].transpose(0, 2, 1, 3).reshape(high * 28, wide * 28)
+            picture = f"alike-{number:05d}.png"
+            Image.fromarray(page).save(part / "images" / picture, compress_level=1)
+            answers = (str(digit), "no" if digit % 2 else "yes", "yes" if digit > 4 else "no")
+            if number < ALIGNED // 6:
+                kind = number // len(ALIKE) % 3
+                small.append(sample("small", f"small-{number}", [picture], QUESTIONS[kind], answers[kind]))
+            named = digit if random.random() < 0.5 else int(random.integers(10))
+            noisy.append(sample("noisy", f"noisy-{number}", [picture], QUESTIONS[0], str(named)))
+        read = [
+            sample("page", row["id"], [row["image"]], "Which digits are these?", "\n".join(" ".join(map(str, r)) for r in row["digits"]))
+            for row in whole
+        ]
+        read += [
+            sample("digit", row["id"], [row["image"]], *(turn["value"].removeprefix("<image>\n") for turn in row["conversations"])) for row in single
+        ]
+        write_rows(part, {"small": small, "noisy": noisy, "read": read})
 
 
-def row_length(model: VLMConfig, files: Sequence[Path], images: Path, weights: Sequence[float]) -> int:
-    """Tokens that a row must hold for a quarter of `SAMPLES`."""
+def row_length(model: VLMConfig, sources: Sequence[SourceConfig]) -> int:
+    """Tokens that a row must hold for a quarter of `SAMPLES`, or for the share of them that the weights say."""
     encoder = Encoder(load_tokenizer(TOKENIZER), "v1", "", model.layout)
-    mean = 0.0
-    for file, weight in zip(files, weights, strict=True):
-        source = LlavaSource(file, images)
-        mean += weight * statistics.mean(encoder.measure(source[n]).tokens for n in range(300))
-    return 8 * round(SAMPLES / 4 * mean / sum(weights) / 8)
+    tokens = 0.0
+    for one in sources:
+        source = LlavaSource(one.path, one.image_folder)
+        tokens += (one.weight or 0) * statistics.mean(encoder.measure(source[n]).tokens for n in range(210))
+    return 8 * round(SAMPLES / 4 * tokens / 8)
 
 
 def stage(name: str, model: VLMConfig, out: Path, run: Path, blend: dict[str, float], **fields: object) -> TrainConfig:
     """A stage on the files of that name, each with its weight."""
-    files = [out / folder / f"{source}.json" for source in blend for folder in ("data", "extra") if (out / folder / f"{source}.json").exists()]
     sources = tuple(
-        SourceConfig(path=str(file), image_folder=str(out / "data" / "images"), name=file.stem, weight=weight)
-        for file, weight in zip(files, blend.values(), strict=True)
+        SourceConfig(path=str(out / folder / f"{source}.json"), image_folder=str(out / images / "images"), name=source, weight=weight)
+        for source, weight in blend.items()
+        for folder, images in (FOLDERS.get(source, ("data", "data")),)
     )
     usual = TrainConfig(
         name=name,
         model=model,
         data=DataConfig(sources=sources, tokenizer=TOKENIZER, template="v1", system="", workers=0),
-        batch=BatchConfig(seq_length=row_length(model, files, out / "data" / "images", list(blend.values())), rows=4, micro_rows=1, max_tiles=256),
+        batch=BatchConfig(seq_length=row_length(model, sources), rows=4, micro_rows=1, max_tiles=256),
         optim=OptimConfig(lr=1e-3, min_lr=2e-5, warmup=20.0, betas=(0.9, 0.98), weight_decay=0.05),
         precision="fp32",
         checkpoint=CheckpointConfig(every=100, keep_last=1),
@@ -160,7 +173,7 @@ def train_base(name: str, out: Path, steps: dict[str, int]) -> dict:
         blend, seq_length, asked = {"read": 1.0}, 512, "captions-heldout"
     else:
         model = VLMConfig(decoder=D.decoder, vision=None, projector="none")
-        blend, seq_length, asked = {"text": 1.0}, 1024, "text-heldout"
+        blend, seq_length, asked = {"text": 1.0}, 1024, "text-all"
     first = stage(name, model, out, run, blend, steps=steps[name])
     neva.train((replace(first, batch=replace(first.batch, seq_length=seq_length)),), resume="auto")
     return {"accuracy": neva.evaluate(run, data=out / "data" / f"{asked}.json", image_folder=out / "data" / "images", max_new_tokens=4)["accuracy"]}
@@ -169,7 +182,6 @@ def train_base(name: str, out: Path, steps: dict[str, int]) -> dict:
 def train(name: str, seed: int, out: Path, steps: dict[str, int]) -> dict:
     """Both stages of a training; gives its accuracy on held-out pages and questions."""
     what, run = TRAININGS[name], place(out, name, seed)
-    started = time.monotonic()
     init = InitConfig(decoder=str(out / "base" / "text"), vision=str(out / "base" / "vision"), projector="fresh")
     connector = ("projector.*", *(("decoder.blocks.*.cross.*",) if what.model.decoder.cross_layers else ()))
     align = stage("align", what.model, out, run, {what.captions: 1.0}, steps=steps["align"], trainable=connector, init=init, seed=seed)
@@ -178,11 +190,11 @@ def train(name: str, seed: int, out: Path, steps: dict[str, int]) -> dict:
     tune = stage("tune", what.model, out, run, blend, steps=steps["tune"], init=init, seed=seed)
     tune = replace(tune, trainable=connector if what.frozen else ("*", "!vision.*"))
     neva.train((align, tune), resume="auto")
-    seconds, scores = time.monotonic() - started, {}
-    for asked in ("heldout", "unseen", "text-heldout"):
+    scores: dict[str, float] = {}
+    for asked in ("heldout", "unseen", "text-all"):
         data, images = out / "data" / f"{asked}.json", out / "data" / "images"
         scores |= neva.evaluate(run, data=data, image_folder=images, max_new_tokens=4)["accuracy"]
-    return {"seconds": seconds, "accuracy": scores}
+    return {"accuracy": scores}
 
 
 def place(out: Path, name: str, seed: int) -> Path:
@@ -272,6 +284,7 @@ COMPARED = (
     ("captions", "D", "D, noisy captions"),
 )
 KINDS = {"heldout": "pages", "unseen": "unseen layout", "text": "text"}
+QUESTIONS_OF = {"heldout": pages.ASKED, "unseen": pages.ASKED_UNSEEN, "text": 210}
 NOTICEABLE = 0.03
 COLOURS = {"D": "#4c72b0", "X": "#dd8452", "H": "#55a868"}
 
@@ -282,12 +295,13 @@ def report(out: Path, seeds: Sequence[int]) -> str:
     percent = lambda row: f"{100 * statistics.mean(row):.1f} ({100 * min(row):.0f} to {100 * max(row):.0f})" if row else "-"  # noqa: E731
     lines = ["| training | " + " | ".join(f"{kind}, %" for kind in KINDS.values()) + " | minutes |", "|---|" + "---:|" * 4]
     for name in TRAININGS:
-        minutes = [results.found[name, seed]["seconds"] / 60 for seed in seeds if (name, seed) in results.found]
+        minutes = [minutes_of(place(out, name, seed)) for seed in seeds if (name, seed) in results.found]
         if minutes:
             lines.append(f"| {name} | {' | '.join(percent(results.scores(name, kind)) for kind in KINDS)} | {statistics.mean(minutes):.1f} |")
     lines += ["", "| claim | first | less the second | pages | unseen layout | text |", "|---|---|---|---:|---:|---:|"]
     for claim, first, second in COMPARED:
-        cells = [points(results.compared(first, second, kind)) for kind in KINDS]
+        sides = {kind: results.scores(first, kind) + results.scores(second, kind) or [0.0] for kind in KINDS}
+        cells = [points(results.compared(first, second, kind), statistics.mean(sides[kind]), QUESTIONS_OF[kind]) for kind in KINDS]
         lines.append(f"| {claim} | {first} | {second} | {' | '.join(cells)} |")
     cost = [json.loads(line) for line in (out / "cost.jsonl").read_text().splitlines()] if (out / "cost.jsonl").exists() else []
     at = {(row["name"], row["model"], row["tiles"]): row for row in cost if "model" in row}
@@ -309,13 +323,23 @@ def report(out: Path, seeds: Sequence[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def points(differences: Sequence[float]) -> str:
-    """A mean difference in points with each seed's; bold where every seed has its sign and the mean is 3 points or more."""
+def minutes_of(run: Path) -> float:
+    """Of a training without pauses: steps of the median length, stage by stage."""
+    seconds: dict[str, list[float]] = {}
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        seconds.setdefault(line["stage"], []).append(line["seconds"])
+    return sum(len(row) * statistics.median(row) for row in seconds.values()) / 60
+
+
+def points(differences: Sequence[float], mean: float, asked: int) -> str:
+    """A mean difference in points with each seed's. Bold where all seeds agree on its sign and it is 3 points or more, and 3 standard errors of the
+    difference of two such means over `asked` questions a seed; `mean` is the mean of both sides."""
     if not differences:
         return "-"
-    mean = statistics.mean(differences)
-    clear = abs(mean) >= NOTICEABLE and all(d * mean > 0 for d in differences)
-    shown = f"{100 * mean:+.1f} ({', '.join(f'{100 * d:+.1f}' for d in differences)})"
+    found = statistics.mean(differences)
+    error = math.sqrt(2 * mean * (1 - mean) / (asked * len(differences)))
+    clear = abs(found) >= max(NOTICEABLE, 3 * error) and all(d * found > 0 for d in differences)
+    shown = f"{100 * found:+.1f} ({', '.join(f'{100 * d:+.1f}' for d in differences)})"
     return f"**{shown}**" if clear else shown
 
 
@@ -378,6 +402,12 @@ def main() -> None:
         result_file(out, given.train, seed).write_text(json.dumps(found))
         return
     out.mkdir(parents=True, exist_ok=True)
+    made = out / "steps.json"
+    if made.exists() and json.loads(made.read_text()) != steps:
+        raise SystemExit(f"{out} holds trainings of {json.loads(made.read_text())} steps, not {steps}: give another --out.")
+    made.write_text(json.dumps(steps))
+    if given.page and BEGIN not in given.page.read_text():
+        raise SystemExit(f"{given.page} has no line {BEGIN!r} to write behind.")
     write_data(out)
     needed = {name for claim in given.claims for name in CLAIMS[claim]}
     if {"cost", "speed"} & set(given.claims):

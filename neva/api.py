@@ -55,12 +55,16 @@ __all__ = [
 ]
 
 
-def recipe(name: str, overrides: Sequence[str] = ()) -> tuple[TrainConfig, ...]:
+def recipe(name: str, overrides: Sequence[str] = (), *, say: Callable[[str], None] | None = None) -> tuple[TrainConfig, ...]:
     """The stages of a recipe (NAME, NAME/STAGE or a saved FILE.yaml) with overrides such as `optim.lr=1e-4` applied."""
     stages = tree.override(recipes.get(name), overrides, named=NAMED)
     if name.endswith((".yaml", ".yml")) or all(stage.init == InitConfig() for stage in stages):
         return stages
-    return tree.override(inits.fill(stages, _readable), overrides, named=NAMED)  # what was asked for comes before what init brings
+    filled = tree.override(inits.fill(stages, _readable), overrides, named=NAMED)  # what was asked for comes before what init brings
+    for asked, stage in zip(stages, filled, strict=True):
+        if say is not None and (line := inits.replaced(asked, stage)):
+            say(line)
+    return filled
 
 
 def import_checkpoint(
@@ -195,23 +199,24 @@ def train(
     `resume` is "auto" (go on from the run folder's newest checkpoint if there is one) or a checkpoint's path.
     Raises ValueError for what the user can mend, `Stopped` after a signal.
     """
-    chosen = recipe(stages, overrides) if isinstance(stages, str) else tree.override(stages, overrides, named=NAMED)
+    chosen = recipe(stages, overrides, say=say) if isinstance(stages, str) else tree.override(stages, overrides, named=NAMED)
     resolved = resolve(chosen)
     say_mock(resolved, say)
     make_data(resolved, say)
+    for stage in resolved:
+        inits.check_fit(stage, _readable(stage.init))
     resolved = tuple(replace(stage, init=_imported(stage.init, say)) for stage in resolved)
     return loop.train(resolved, resume=resume or "", on_evaluate=_score, say=say)
 
 
 def dry_run(name: str, overrides: Sequence[str] = (), *, ranks: int = 1, say: Callable[[str], None] = print) -> None:
     """All that `train` does before its first step, without weights: files, sizes, data, the trainable set; says the memory of each stage."""
-    resolved = resolve(recipe(name, overrides))
+    resolved = resolve(recipe(name, overrides, say=say))
     say_mock(resolved, say)
     make_data(resolved, say)
     for stage in resolved:
         check(replace(stage, init=InitConfig()), world=ranks)
-        for paths in _readable(stage.init).values():
-            inits.look(*paths)
+        inits.check_fit(stage, _readable(stage.init))
     precision = loop.choose_precision(resolved[0].precision)[0]
     for stage in resolved:
         say(parameter_table(stage))

@@ -142,7 +142,7 @@ class Batch:
     memory_tokens: Int64[Tensor, " y"]
     """The keys: flat positions in k * (tag, features) of a memory tile, pads left out; g counts only where tags are keys of their own."""
     memory_positions: Int64[Tensor, " y"]
-    """Position of each key within its sample's memory, for rotary positions."""
+    """Position of each key within its image's memory, for rotary positions."""
     sees: Int64[Tensor, "b s 2"]
     """Half-open range of memory tiles (rows of `memory`) that a token may attend to."""
     runs: Int64[Tensor, "r 4"]

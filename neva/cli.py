@@ -171,7 +171,7 @@ def evaluate(checkpoint: str, as_json: bool, **options: Any) -> None:
 @main.command("import")
 @click.argument("arguments", nargs=-1, metavar="[SRC] [KEY=VALUE]...")
 @click.option("--out", type=click.Path(path_type=str), metavar="DIR", help="The checkpoint's folder; without it a place in $NEVA_CACHE.")
-@click.option("--decoder", metavar="SRC", help="Compose a VLM of this decoder and --vision; its projector alone is new.")
+@click.option("--decoder", metavar="SRC", help="Compose a VLM of this decoder and --vision; its projector is new, and cross-attention if asked for.")
 @click.option("--vision", metavar="SRC", help="The encoder of a composed VLM, or of a LLaVA in the original repository's layout.")
 @click.option("--projector", metavar="NAME", help="Projector of a composed VLM: linear, mlp2x_gelu (default), ...")
 @click.option("--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), help="Convert the weights; by default they stay bit for bit.")

@@ -94,7 +94,7 @@ def steps_done(out: Path) -> int:
         return 0
 
 
-CLOCK = {"seconds", "tokens_per_s", "images_per_s", "flops_per_s", "memory_gib", "mfu"}
+CLOCK = {"seconds", "tokens_per_s", "tiles_per_s", "flops_per_s", "memory_gib", "mfu"}
 """Fields of a line that depend on time and machine."""
 
 

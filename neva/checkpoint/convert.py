@@ -13,6 +13,7 @@ from neva.checkpoint.manifest import CheckpointError
 from neva.checkpoint.nemo import is_nemo, is_neva, read_nemo
 from neva.checkpoint.prompts import compare_texts
 from neva.checkpoint.shards import lfs_pointer, read_json
+from neva.data.encode import check_tags
 from neva.data.templates import find_template
 from neva.data.tokenizer import FILES, Tokenizer, load_tokenizer
 
@@ -40,6 +41,8 @@ def import_model(sources: Sequence[Path], out: Path, options: Options, *, check:
             say(f"warning: {warning}")
         tokenizer = _tokenizer(chosen, say)
         template = _template(chosen, options, tokenizer)
+        if tokenizer is not None and tokenizer.chat_template and template and not options.template:
+            say(f"template {template}, which such models are trained with; the folder has a chat template of its own (--template takes another)")
         for name in chosen.new:
             say(f"new, drawn from seed {options.seed}: {name} {list(chosen.tensors[name].shape)}")
         described = folders.describe(chosen, options, template)
@@ -91,6 +94,7 @@ def _tokenizer(chosen: Plan, say: Callable[[str], None]) -> Tokenizer | None:
     vocab = chosen.model.decoder.vocab
     if not vocab - MOST_PADDING <= tokenizer.size <= vocab:
         raise CheckpointError(f"{source.folder}: its tokenizer has {tokenizer.size} tokens, its embedding {vocab}; they are not of one model.")
+    check_tags(tokenizer, chosen.model.layout)
     return tokenizer
 
 

@@ -60,6 +60,8 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, check: bool =
             say("A projector alone is no model of transformers: there is nothing to compare it with")
         else:
             say("NOT COMPARED with transformers (--no-parity): nothing shows that this folder computes what the checkpoint does")
+    if target.note:
+        say(target.note)
     (temporary / "export.json").unlink()
     for path in [*temporary.iterdir(), temporary]:
         sync(path)

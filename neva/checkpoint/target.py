@@ -87,6 +87,8 @@ class Target:
     """The encoder in it."""
     encoder: Encoder | None = None
     """What makes its prompts; None where it has no tokenizer."""
+    note: str = ""
+    """What the format's users should know."""
 
     def spelled(self, name: str) -> str:
         """The name to write for a default spelling."""
@@ -248,6 +250,12 @@ def _llava(folder: Path, described: Mapping[str, Any], model: VLMConfig, names: 
     )  # fmt: skip
 
 
+JOINED = (
+    "warning: the published code and vLLM tokenise tags with the text before them (image.tag_tokens=joined), this checkpoint by themselves: "
+    "the ids before an image's first tile differ"
+)
+
+
 def _nvlm(folder: Path, described: Mapping[str, Any], model: VLMConfig, names: tuple[str, ...], options: ExportOptions) -> Target:
     """NVLM-D's layout, for vLLM and for NVIDIA's own code, which is not written here: copy it from nvidia/NVLM-D-72B."""
     origin = read_origin(folder, "vlm")
@@ -257,7 +265,7 @@ def _nvlm(folder: Path, described: Mapping[str, Any], model: VLMConfig, names: t
     tokens, encoder = _text(folder, described, model, origin, images=False)  # no class of transformers' makes its prompts with images
     return Target(
         kind="vlm", config=written, table=table, names=names, model=model, vision=model.vision, files=tokens.files, encoder=encoder,
-        odd_names=origin.odd_names if source and options.keys == "source" else {},
+        odd_names=origin.odd_names if source and options.keys == "source" else {}, note="" if model.image.tag_tokens == "joined" else JOINED,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from neva.data.image import image_size, open_image, to_tiles
 from neva.data.sample import MARKER, Encoded, Sample, SampleError
 from neva.data.template import Piece, check, ending, render
 from neva.data.templates import find_template
-from neva.data.tiling import FEWER, Tiling, anyres_slots, tags, tiling
+from neva.data.tiling import FEWER, Tiling, all_tags, anyres_slots, tags, tiling
 from neva.data.tokenizer import Tokenizer
 
 
@@ -96,7 +96,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         check(find_template(self.template, self.tokenizer))
-        _check_tags(self.tokenizer, self.layout)
+        check_tags(self.tokenizer, self.layout)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -146,13 +146,18 @@ class Encoder:
         return Measure(tokens=len(draft.tokens), tiles=draft.tiles, max_tiles=max_tiles)
 
     def fit(self, sample: Sample, *, length: int, tiles: int) -> Measure:
-        """The sample measured with as many tiles an image as let it have at most `length` tokens and `tiles` tiles in all, else with the fewest."""
-        found = self.measure(sample)
+        """The sample measured with as many tiles an image as let it have at most `length` tokens and `tiles` tiles in all.
+
+        Where none do, with the fewest that still bring it nearer: tiles of a memory take no tokens, and are not given up for some.
+        """
+        beyond = lambda m: (max(m.tokens - length, 0), max(m.tiles - tiles, 0))  # noqa: E731
+        best = self.measure(sample)
         for most in (limit for limit in FEWER if self.layout.min_tiles <= limit < self.layout.max_tiles):
-            if found.tokens <= length and found.tiles <= tiles:
+            if not any(beyond(best)):
                 break
             found = self.measure(sample, max_tiles=most)
-        return found
+            best = found if beyond(found) < beyond(best) else best
+        return best
 
     def _draft(self, sample: Sample, *, answer: bool, max_tiles: int) -> Draft:
         """Ids, whether each carries loss, and where images stand. Text between images and end tokens is tokenised in one go, as a server sees it."""
@@ -288,17 +293,17 @@ class Encoder:
         draft.marks += flags
 
 
-def _check_tags(tokenizer: Tokenizer, layout: ImageLayout) -> None:
+def check_tags(tokenizer: Tokenizer, layout: ImageLayout) -> None:
     """ValueError for text around images and tiles that the tokenizer cannot tell apart from other text: unknown tokens would stand for all tags."""
-    most = Tiling(layout.max_tiles, 1, layout.thumbnail if layout.max_tiles > 1 else "none")
-    names = [text for text in tags(most, layout) if text]
+    names = [text for text in all_tags(layout) if text]
     for text in filter(None, (*names, layout.image_prefix, layout.image_suffix)):
         ids = tokenizer.encode(text)
         spelled = tokenizer.decode(ids)
         alike = next((other for other in names if other != text and tokenizer.encode(other) == ids), "")
         if alike or (len(ids) != 1 and spelled.strip() != text.strip()):  # one id: a token of its own, which decoding leaves out
-            fix = "choose image.tags=none, or a tokenizer that knows its letters"
-            raise ValueError(f"the tokenizer cannot spell {text!r}, which stands beside images: it comes back as {alike or spelled!r}; {fix}")
+            fix = "image.tags=none" if text in names else "image.prefix= image.suffix="
+            why = f"it has the ids of {alike!r}" if alike else f"it comes back as {spelled!r}"
+            raise ValueError(f"the tokenizer cannot spell {text!r}, which stands beside images: {why}; set {fix}, or take one that knows its letters")
 
 
 def _named(sample: Sample, error: ValueError) -> SampleError:

@@ -177,8 +177,8 @@ class Loader:
         return {"dropped": state["dropped"], "skipped": state["skipped"], "reduced": state["reduced"], "epochs": epochs}
 
     @property
-    def skipped(self) -> tuple[SampleError, ...]:
-        """The first `NAMED` samples that were skipped, with the reasons."""
+    def left_out(self) -> tuple[SampleError, ...]:
+        """The first `NAMED` samples that were dropped or skipped, with the reasons."""
         return tuple(SampleError(*one) for one in self.state_dict()["names"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class Loader:
         for source, epoch, index, tokens, tiles in state["pool"]:
             self._packer.put(Item(Ref(source, epoch, index), tokens, tiles))
         self._dropped, self._skipped, self._reduced = state["dropped"], state["skipped"], state.get("reduced", 0)
-        self._skipped_names = [list(one) for one in state["names"]]
+        self._left_out = [list(one) for one in state["names"]]
         self._step = state["step"]
         self._state = self._snapshot()
 
@@ -227,7 +227,7 @@ class Loader:
         self._measured: deque[tuple[Ref, Measure | Bad]] = deque()
         self._barren = [0] * len(self._lengths)
         self._dropped, self._skipped, self._reduced, self._step, self._last_items = 0, 0, 0, 0, 0
-        self._skipped_names: list[list[str]] = []
+        self._left_out: list[list[str]] = []
         self._undecoded: list[tuple[str, str, str]] = []
         self._state = self._snapshot()
 
@@ -250,7 +250,7 @@ class Loader:
             "dropped": self._dropped,
             "skipped": self._skipped,
             "reduced": self._reduced,
-            "names": list(self._skipped_names),
+            "names": list(self._left_out),
         }
 
     def _plan(self) -> Plan | ValueError:
@@ -291,7 +291,7 @@ class Loader:
             self._dropped += 1
         else:
             self._skipped += 1
-            self._skipped_names += [[bad.source, bad.id, bad.message]] if len(self._skipped_names) < NAMED else []
+        self._left_out += [[bad.source, bad.id, bad.message]] if len(self._left_out) < NAMED else []
         self._barren[ref.source] += 1
         # So many in a row hold a whole pass; `length` of them can be the end of one and the start of the next.
         if all(barren >= 2 * length - 1 for barren, length in zip(self._barren, self._lengths, strict=True)):
@@ -351,9 +351,10 @@ def _measure(desk: Desk, ref: Ref) -> Measure | Bad:
         return Bad("broken", error.source, error.id, error.message)
     if budget.fits(Item(ref, found.tokens, found.tiles)):
         return found
+    fewer = "set data.fewer_tiles=true, " if desk.encoder.layout.max_tiles > 1 and not desk.options.fewer_tiles else ""
     message = (
         f"it has {found.tokens} tokens and {found.tiles} tiles but a row holds {budget.seq_length} and {budget.max_tiles}: raise batch.seq_length "
-        "or batch.max_tiles, or set data.over_long to drop or truncate"
+        f"or batch.max_tiles, {fewer}or set data.over_long to drop or truncate"
     )
     return Bad("long", sample.source, sample.id, message)
 

@@ -102,6 +102,11 @@ def tags(found: Tiling, layout: ImageLayout) -> list[str]:
     return texts
 
 
+def all_tags(layout: ImageLayout) -> list[str]:
+    """The tags of an image of the most tiles that the layout allows."""
+    return tags(Tiling(layout.max_tiles, 1, layout.thumbnail if layout.max_tiles > 1 else "none"), layout)
+
+
 # LLaVA-NeXT's any-resolution images.
 
 

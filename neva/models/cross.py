@@ -42,9 +42,7 @@ class RunAttention(nn.Module):
     def forward(self, q: Float[Tensor, "t h e"], k: Float[Tensor, "y j e"], v: Float[Tensor, "y j e"], runs: Runs) -> Float[Tensor, "t h e"]:
         if q.device.type == "cpu":
             return run_attention(q, k, v, runs.bounds)[0]
-        if not runs.sizes[0]:  # nothing to attend to, but every rank has a gradient to reduce
-            return q * 0 + (k.sum() + v.sum()) * 0
-        return _varlen(q, k, v, runs) if q.dtype in (torch.bfloat16, torch.float16) else dense(q, k, v, runs)
+        return _on_device(q, k, v, runs)
 
 
 class CrossAttention(nn.Module):
@@ -95,6 +93,14 @@ class CrossAttention(nn.Module):
         return k, v
 
 
+@torch.compiler.disable()  # lengths that are never the same would each ask for a graph of their own
+def _on_device(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
+    if not runs.sizes[0]:  # nothing to attend to, but every rank has a gradient to reduce
+        return q * 0 + (k.sum() + v.sum()) * 0
+    return _varlen(q, k, v, runs) if q.dtype in (torch.bfloat16, torch.float16) else dense(q, k, v, runs)
+
+
+@torch.compiler.disable()
 def _sighted(x: Float[Tensor, "b s d"], runs: Runs) -> Float[Tensor, "b s 1"]:
     """1 for tokens that see memory, 0 for others."""
     seen = x.new_zeros(x.shape[0] * x.shape[1])
@@ -169,7 +175,10 @@ run_attention.register_autograd(_backward, setup_context=_setup)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Float[Tensor, "t h e"]:
-    """Flash attention over runs on CUDA: their queries and keys are copied side by side, since ranges of keys overlap."""
+    """Flash attention over runs on CUDA: their queries and keys are copied side by side, since ranges of keys overlap.
+
+    With `cross_visible=all` the copies of keys grow with the square of a sample's images.
+    """
     bounds, (_, keys, longest_q, longest_k) = runs.bounds, runs.sizes
     at, of = _queries(runs), _ranges(bounds[:, 2], bounds[:, 3], keys)
     share = q.shape[1] // k.shape[1]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from neva.models.hf_config import Json, decoder_config, decoder_json, must, vision_config, vision_json
+from neva.models.hf_config import IMAGENET_MEAN, IMAGENET_STD, Json, decoder_config, decoder_json, must, vision_config, vision_json
 from neva.models.vit import Feature, VisionConfig
 from neva.models.vlm import ImageConfig, VLMConfig
 
@@ -70,12 +70,12 @@ def nvlm_config(config: Json, *, qkv_rows: int = 0) -> VLMConfig:
 
     Prompts are tokenised as its published code does, tags with the text before them; in training they were tokenised apart (image.tag_tokens).
     """
-    must(config, {"downsample_ratio": 0.5, "use_backbone_lora": 0, "use_llm_lora": 0})
+    must(config, {"downsample_ratio": 0.5, "use_backbone_lora": 0, "use_llm_lora": 0, "use_thumbnail": True})
     seen = {**config["vision_config"], "image_size": config.get("force_image_size") or config["vision_config"]["image_size"]}
     dynamic = config.get("dynamic_image_size", True)
     fewest, most = (config.get("min_dynamic_patch", 1), config.get("max_dynamic_patch", 6)) if dynamic else (1, 1)
     image = ImageConfig(
-        aspect="tiles", min_tiles=fewest, max_tiles=most, thumbnail="last" if config.get("use_thumbnail", True) else "none", tags="1d",
+        aspect="tiles", min_tiles=fewest, max_tiles=most, thumbnail="last", tags="1d",
         thumbnail_tag=NVLM_TAG, tag_tokens="joined",
         prefix=NVLM_AROUND[0], suffix=NVLM_AROUND[1],
     )  # fmt: skip
@@ -174,7 +174,7 @@ def nvlm_json(config: VLMConfig, *, source: Json | None = None) -> dict[str, Any
         "ps_version": config.pixel_shuffle,
         "select_layer": vision.select_layer,
         "dynamic_image_size": image.max_tiles > 1,
-        "use_thumbnail": image.thumbnail == "last",
+        "use_thumbnail": True,
         "min_dynamic_patch": image.min_tiles,
         "max_dynamic_patch": image.max_tiles,
     }
@@ -190,7 +190,9 @@ def _check_held(format: str, config: VLMConfig, holds: Mapping[str, tuple[object
     cannot = [f"{name}={value(name)!r}" for name, legal in holds.items() if value(name) not in legal]
     if cannot:
         has = ", ".join(f"{name}={' or '.join(map(repr, holds[name]))}" for name in holds if value(name) not in holds[name])
-        raise ValueError(f"{format} cannot hold {', '.join(cannot)}; it has {has}")
+        raise ValueError(
+            f"{format} cannot hold {', '.join(cannot)}; it has {has}. Parts can be exported by themselves: --part decoder, --part vision."
+        )
 
 
 LLAVA, NEXT = "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"
@@ -201,8 +203,9 @@ LLAVA_HOLDS: dict[str, tuple[object, ...]] = {
 """Field of a VLM -> the values that transformers' LLaVA and LLaVA-NeXT can hold."""
 NVLM_HOLDS: dict[str, tuple[object, ...]] = {
     "inline": ("all",), "decoder.cross_layers": ((),), "projector": ("norm_ffn_gelu",), "pixel_shuffle": ("v1", "v2"), "use_im_start_end": (False,),
-    "image.aspect": ("tiles",), "image.thumbnail": ("last", "none"), "image.tags": ("1d",), "image.thumbnail_tag": (NVLM_TAG,),
-    "image.prefix": (NVLM_AROUND[0],), "image.suffix": (NVLM_AROUND[1],), "image.process": ("",),
+    "image.aspect": ("tiles",), "image.thumbnail": ("last",), "image.tags": ("1d",), "image.thumbnail_tag": (NVLM_TAG,),
+    "image.resample": ("bicubic",), "image.prefix": (NVLM_AROUND[0],), "image.suffix": (NVLM_AROUND[1],), "image.process": ("",),
+    "vision.mean": (IMAGENET_MEAN,), "vision.std": (IMAGENET_STD,),
 }  # fmt: skip
 """The same of NVLM-D."""
 

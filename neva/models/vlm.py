@@ -58,6 +58,8 @@ class ImageConfig:
     def __post_init__(self):
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ValueError(f"min_tiles={self.min_tiles} and max_tiles={self.max_tiles}: need 1 <= min_tiles <= max_tiles.")
+        if self.tags == "bbox" and self.box_scale < self.max_tiles:
+            raise ValueError(f"box_scale={self.box_scale} gives tiles the same corners: it must be at least max_tiles={self.max_tiles}.")
         if self.max_tiles > 1 and self.aspect != "tiles":
             raise ValueError(f"max_tiles={self.max_tiles} needs aspect=tiles; aspect={self.aspect} cuts no image into a grid of any size.")
         if (self.aspect == "anyres") != bool(self.pinpoints):
@@ -99,7 +101,7 @@ class VLMConfig:
     tag_binding: TagBinding = "adjacent"
     """NVLM-H: how a memory tile's tag is tied to it. `adjacent` has the tag's embeddings among the keys, as the article says, where nothing but
     their neighbourhood, which attention does not see, ties them; `rotary` adds positions to the keys (`decoder.cross.rotary`); `added` adds
-    the tag to the features."""
+    the tag to the features, brought to their size."""
     cross_visible: CrossVisible = "latest"
     """Which images a token sees in the memory: the last one before it, or all before it."""
 
@@ -130,7 +132,8 @@ class VLMConfig:
         if self.inline != "all" and (self.use_im_start_end or image.aspect == "anyres" or image.tag_tokens == "joined"):
             raise ValueError(f"use_im_start_end, image.aspect=anyres and image.tag_tokens=joined need inline=all, not inline={self.inline}.")
         if self.tag_binding != "adjacent" and (self.inline != "thumbnail" or image.tags == "none"):
-            raise ValueError(f"tag_binding={self.tag_binding} ties tags to tiles of the memory: it needs inline=thumbnail and image.tags.")
+            needs = "it needs inline=thumbnail and image.tags, or set tag_binding=adjacent"
+            raise ValueError(f"tag_binding={self.tag_binding} ties tags to tiles of the memory: {needs}.")
         keyed = self.inline == "thumbnail" and image.tags != "none" and self.tag_binding != "added"
         if keyed and (self.tag_binding == "rotary") != self.decoder.cross.rotary:
             fix = "tag_binding=rotary and decoder.cross.rotary=true go together, or neither"
@@ -297,7 +300,9 @@ class VLM(nn.Module):
             tags = self.decoder.embed(batch.memory_tags.clamp_min(0)).to(x.dtype)
             if self.config.tag_binding == "added":
                 real = (batch.memory_tags >= 0).to(x.dtype)[..., None]
-                x = x + (tags * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+                tag = (tags * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+                # As large as the features: an embedding is small, since each block has a norm before it, and cross-attention need not.
+                x = x + F.rms_norm(tag, tag.shape[-1:], eps=1e-12) * x.detach().pow(2).mean((1, 2), keepdim=True).sqrt()
             else:
                 x = torch.cat((tags, x), dim=1)
         return x.flatten(0, 1).index_select(0, batch.memory_tokens)

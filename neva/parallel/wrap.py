@@ -1,7 +1,7 @@
 """From a model on the meta device to one that trains on the mesh: the one place with an order."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 
 import torch
@@ -55,8 +55,8 @@ def parallelize(model: VLM, mesh: DeviceMesh, *, precision: str, recompute: str 
             blocks[number].compile()
     half = precision == "bf16"
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32 if half else None)
-    crosses = [module for module in model.modules() if isinstance(module, CrossAttention)]  # apart: they train where the decoder is frozen
-    groups = [m for m in (*crosses, *blocks, model.vision, model.projector, model.head, model) if m is not None and any(True for _ in m.parameters())]
+    modules = (*_apart(blocks), *blocks, model.vision, model.projector, model.head, model)
+    groups = [m for m in modules if m is not None and any(True for _ in m.parameters())]
     sharded: set[nn.Parameter] = set()
     for module in groups:
         own = [p for p in module.parameters() if p not in sharded]
@@ -71,6 +71,17 @@ def parallelize(model: VLM, mesh: DeviceMesh, *, precision: str, recompute: str 
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
     # Sequential modules end in a view; nothing here writes in place to a module's output.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
+
+
+def _apart(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Cross-attention that trains where its block is frozen, or the reverse. It is a group of its own, which costs a compiled block graph breaks."""
+    found = []
+    for block in blocks:
+        for module in (m for m in block.modules() if isinstance(m, CrossAttention)):
+            own = {id(p) for p in module.parameters()}
+            if {p.requires_grad for p in module.parameters()} != {p.requires_grad for p in block.parameters() if id(p) not in own}:
+                found.append(module)
+    return found
 
 
 def _store_in_half(module: nn.Module, own: set[nn.Parameter]) -> None:

@@ -1,9 +1,11 @@
 """What a stage's `init` brings besides weights: the model's config, its tokenizer and its chat format, read without loading a tensor."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from neva import config as tree
 from neva.checkpoint import store
@@ -13,7 +15,8 @@ from neva.checkpoint.manifest import find
 from neva.job import InitConfig, TrainConfig
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
-from neva.models.vlm import ImageConfig, VLMConfig
+from neva.models.vlm import VLM, ImageConfig, VLMConfig, part_of
+from neva.training.stage import PARTS
 
 Places = Mapping[str, tuple[Path, ...]]
 """Part of a model -> the checkpoint that it comes from, or the folders that are imported together for it."""
@@ -52,7 +55,8 @@ def _of_sources(sources: list[Source]) -> Found:
     tokenizer = str(sources[0].folder) if sources[0].has_tokenizer else ""
     if sources[0].kind == "decoder":
         return Found(decoder=model.decoder, tokenizer=tokenizer)
-    return Found(model=model, decoder=model.decoder, vision=model.vision, image=model.image, tokenizer=tokenizer, template="v1")
+    template = sources[0].template or "v1"
+    return Found(model=model, decoder=model.decoder, vision=model.vision, image=model.image, tokenizer=tokenizer, template=template)
 
 
 def fill(stages: tuple[TrainConfig, ...], place: Callable[[InitConfig], Places]) -> tuple[TrainConfig, ...]:
@@ -64,8 +68,9 @@ def fill(stages: tuple[TrainConfig, ...], place: Callable[[InitConfig], Places])
     filled: list[TrainConfig] = []
     for number, stage in enumerate(stages):
         if stage.init == InitConfig() and number:
-            before = filled[-1]
-            kept = {"decoder": before.model.decoder, "vision": before.model.vision} if before.model != stages[number - 1].model else {}
+            before, asked = filled[-1], stages[number - 1].model
+            brought = {f.name: getattr(before.model, f.name) for f in fields(VLMConfig)}
+            kept = {name: value for name, value in brought.items() if value != getattr(asked, name)}
             stage = replace(
                 stage, model=replace(stage.model, **kept), data=replace(stage.data, tokenizer=before.data.tokenizer or stage.data.tokenizer)
             )
@@ -89,13 +94,66 @@ def _filled(stage: TrainConfig, place: Callable[[InitConfig], Places]) -> TrainC
             model = found.model or model
         elif part == "decoder":
             assert found.decoder is not None
-            kept = {} if found.decoder.cross_layers else {"cross_layers": model.decoder.cross_layers, "cross": model.decoder.cross}
+            crossed = found.decoder.cross_layers and model.decoder.cross_layers  # where one has none, the recipe says which layers
+            kept = {} if crossed else {"cross_layers": model.decoder.cross_layers, "cross": model.decoder.cross}
             model = replace(model, decoder=replace(found.decoder, **kept))
         else:
             assert found.vision is not None
             model = _with_vision(model, found.vision)
         tokenizer, template = found.tokenizer or tokenizer, template or found.template
     return replace(stage, model=model, data=replace(stage.data, tokenizer=tokenizer, template=template))
+
+
+def replaced(asked: TrainConfig, stage: TrainConfig) -> str:
+    """A line on what a whole model brought in place of what the recipe and its overrides say of images; empty if nothing."""
+    names = ("inline", "tag_binding", "projector", "pixel_shuffle", "image")
+    changed = [name for name in names if getattr(asked.model, name) != getattr(stage.model, name)]
+    if not stage.init.model or not changed:
+        return ""
+    brought = ", ".join(f"{name}={_short(getattr(stage.model, name), getattr(asked.model, name))}" for name in changed)
+    return f"Stage {stage.name}: init.model brings {brought} (the recipe has otherwise; say so with model.… to keep it)"
+
+
+def _short(value: Any, asked: Any) -> str:
+    if not isinstance(value, ImageConfig):
+        return str(value)
+    return "(" + ", ".join(f"{f.name}={getattr(value, f.name)}" for f in fields(value) if getattr(value, f.name) != getattr(asked, f.name)) + ")"
+
+
+def check_fit(stage: TrainConfig, places: Places) -> None:
+    """ValueError where weights that `init` names do not fit the stage's model: seen from configs, before a tensor is read."""
+    mine, layers = _shapes(stage.model), stage.model.decoder.cross_layers
+    if stage.init.cross and not layers:
+        raise ValueError(f"stage {stage.name}: init.cross={stage.init.cross}, but the model has no cross-attention: leave it out")
+    own = {part for field in PARTS if getattr(stage.init, field) for part in PARTS[field]}
+    for field, paths in places.items():
+        found = look(*paths)
+        parts = {part for each in PARTS.values() for part in each} - own if field == "model" else set(PARTS[field])
+        theirs = _shapes(found.model) if found.model is not None else _part_shapes(stage.model, found)
+        crossed = found.decoder.cross_layers if found.decoder is not None else ()
+        if "cross" in parts and layers and crossed not in ((), layers):
+            fix = f"set model.decoder.cross_layers={list(crossed)}, or init.cross=fresh"
+            raise ValueError(f"stage {stage.name}: init.{field} has cross-attention in layers {list(crossed)}, the model in {list(layers)}: {fix}")
+        parts -= set() if crossed and layers else {"cross"}
+        wrong = [name for name in mine if part_of(name) in parts and theirs.get(name) != mine[name]]
+        wrong += [name for name in theirs if part_of(name) in parts and name not in mine]
+        if wrong:
+            one = f"{wrong[0]} has {theirs.get(wrong[0], 'nothing')} there and {mine.get(wrong[0], 'nothing')} here"
+            more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            fix = "leave out the overrides of its sizes, or take it from a model of these"
+            raise ValueError(f"stage {stage.name}: init.{field} is of another model: {one}{more}; {fix}")
+
+
+def _shapes(model: VLMConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in VLM(model).named_parameters()}
+
+
+def _part_shapes(model: VLMConfig, found: Found) -> dict[str, tuple[int, ...]]:
+    """Of a decoder or an encoder by itself."""
+    if found.decoder is not None:
+        return _shapes(VLMConfig(decoder=found.decoder, vision=None, projector="none"))
+    return _shapes(replace(model, vision=found.vision)) if model.vision is not None else {}
 
 
 def _with_vision(model: VLMConfig, vision: VisionConfig) -> VLMConfig:

@@ -45,6 +45,8 @@ TEXT = [
 ROWS: dict[Kind, tuple[int, int]] = {"d": (168, 48), "x": (80, 64), "h": (168, 32)}
 """Rows of a step in stage 1 and in SFT, of `LENGTH` tokens."""
 LENGTH: dict[Kind, int] = {"d": 4096, "x": 2048, "h": 4096}
+TILES: dict[Kind, tuple[int, int]] = {"d": (64, 64), "x": (64, 80), "h": (112, 80)}
+"""Tiles that a row may hold: enough that tokens are what fills it."""
 
 RATES: dict[Kind, tuple[OptimConfig, OptimConfig]] = {
     "d": (
@@ -83,7 +85,7 @@ def _stages(kind: Kind, size: Literal["34b", "72b"]) -> tuple[TrainConfig, ...]:
         model=model if kind == "h" else replace(model, image=replace(model.image, max_tiles=1, tags="none")),
         trainable=CONNECTOR[kind],
         data=DataConfig(sources=_sources(PRETRAIN, []), template="nvlm-pretrain", workers=8),
-        batch=BatchConfig(seq_length=length, rows=rows[0], micro_rows=1, max_tiles=64),
+        batch=BatchConfig(seq_length=length, rows=rows[0], micro_rows=1, max_tiles=TILES[kind][0]),
         optim=RATES[kind][0],
         steps=STEPS[kind][0],
         checkpoint=CheckpointConfig(every=500),
@@ -98,7 +100,7 @@ def _stages(kind: Kind, size: Literal["34b", "72b"]) -> tuple[TrainConfig, ...]:
         model=model,
         trainable=("projector.*", "decoder.*", "head.*"),
         data=replace(pretrain.data, sources=_sources(SFT, TEXT), template="nvlm-chatml"),
-        batch=BatchConfig(seq_length=length, rows=rows[1], micro_rows=1, max_tiles=64),
+        batch=BatchConfig(seq_length=length, rows=rows[1], micro_rows=1, max_tiles=TILES[kind][1]),
         optim=optim,
         steps=STEPS[kind][1],
         recompute="block",

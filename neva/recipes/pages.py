@@ -15,8 +15,8 @@ LAYOUTS = ((1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2))
 """(rows, columns) of pages; `tile_grid` cuts each into just these."""
 UNSEEN = (2, 2)
 """A layout that no training page has."""
-PAGES, ASKED, TEXTS = 8000, 600, 4000
-"""Pages to train on, held-out pages, and questions without a page; a third and a twentieth as many of `UNSEEN` and of held-out questions."""
+PAGES, ASKED, ASKED_UNSEEN, TEXTS = 8000, 600, 400, 4000
+"""Pages to train on, held-out pages of their layouts and of `UNSEEN`, and questions without a page to train on."""
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -39,7 +39,7 @@ def write(folder: Path) -> None:
         for name, count, among, layouts in (
             ("pages", PAGES, shown, LAYOUTS),
             ("heldout", ASKED, held_out, LAYOUTS),
-            ("unseen", ASKED // 3, held_out, (UNSEEN,)),
+            ("unseen", ASKED_UNSEEN, held_out, (UNSEEN,)),
         ):
             rows[name] = []
             for number in range(count):
@@ -50,21 +50,26 @@ def write(folder: Path) -> None:
                 Image.fromarray(page).save(part / "images" / picture, compress_level=1)
                 asked = f"Number {place + 1}?", str(labels[digits].reshape(-1)[place])
                 rows[name].append(sample(name, f"{name}-{number}", [picture], *asked) | {"digits": labels[digits].tolist()})
-        rows["text"] = [_text(f"text-{number}", random) for number in range(TEXTS)]
-        rows["text-heldout"] = [_text(f"text-heldout-{number}", random) for number in range(TEXTS // 20)]
+        texts, kinds = _texts(), random.permutation(np.arange(TEXTS) % 5)
+        rows["text"] = [_row(f"text-{n}", list(texts)[kind], texts, int(random.integers(1000))) for n, kind in enumerate(kinds)]
+        rows["text-all"] = [_row(f"text-all-{kind}-{n}", kind, texts, n) for kind, asked in texts.items() for n in range(len(asked))]
         write_rows(part, rows)
 
 
-def _text(id: str, random: np.random.Generator) -> dict:
-    """A question without an image: about two digits, or about one that is named in words."""
-    a, b = (int(x) for x in random.choice(10, 2, replace=False))
-    kinds = {
-        "larger": (f"Which is larger, {a} or {b}?", max(a, b)),
-        "sum": (f"{a} and {b} make?", (a + b) % 10),
-        "name": (f"{NAMES[a]}\nWhich digit is this?", a),
-        "even": (f"{NAMES[a]}\nIs it even?", "yes" if a % 2 == 0 else "no"),
-        "over": (f"{NAMES[a]}\nIs it larger than 4?", "yes" if a > 4 else "no"),
+def _row(id: str, kind: str, texts: dict[str, list[tuple[str, str]]], number: int) -> dict:
+    return sample(kind, id, [], *texts[kind][number % len(texts[kind])])
+
+
+def _texts() -> dict[str, list[tuple[str, str]]]:
+    """Kind -> every question of it without an image, and its answer: about two digits, or one that is named in words.
+
+    Trained ones are drawn from the same, so answers to them show what was kept, not what follows from it.
+    """
+    pairs = [(a, b) for a in range(10) for b in range(10) if a != b]
+    return {
+        "larger": [(f"Which is larger, {a} or {b}?", str(max(a, b))) for a, b in pairs],
+        "sum": [(f"{a} and {b} make?", str((a + b) % 10)) for a, b in pairs],
+        "name": [(f"{name}\nWhich digit is this?", str(a)) for a, name in enumerate(NAMES)],
+        "even": [(f"{name}\nIs it even?", "no" if a % 2 else "yes") for a, name in enumerate(NAMES)],
+        "over": [(f"{name}\nIs it larger than 4?", "yes" if a > 4 else "no") for a, name in enumerate(NAMES)],
     }
-    kind = str(random.choice(list(kinds)))
-    question, answer = kinds[kind]
-    return sample(kind, id, [], question, str(answer))

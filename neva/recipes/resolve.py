@@ -8,6 +8,7 @@ from pathlib import Path
 from neva.config import nearest
 from neva.data.template import check
 from neva.data.templates import find_template
+from neva.data.tiling import all_tags
 from neva.data.tokenizer import load_tokenizer
 from neva.job import DataConfig, SourceConfig, TrainConfig
 from neva.recipes import digits, pages
@@ -141,8 +142,17 @@ def _check_sizes(stage: TrainConfig) -> None:
             " stretched by rope_scaling" if decoder.reach > decoder.max_positions else ""
         )
         raise ValueError(f"batch.seq_length={stage.batch.seq_length} is beyond {limit}; lower the one or raise the other")
-    if stage.model.layout.tokens_per_image >= stage.batch.seq_length:
-        raise ValueError(f"an image takes {stage.model.layout.tokens_per_image} tokens, all of batch.seq_length={stage.batch.seq_length}; raise it")
+    layout, fewer = stage.model.layout, stage.data.fewer_tiles
+    if fewer:
+        layout = replace(layout, max_tiles=layout.min_tiles)
+    texts = all_tags(layout) if layout.inline != "thumbnail" else [layout.thumbnail_tag] * (layout.tags != "none")
+    tags = sum(len(tokenizer.encode(text)) for text in texts)
+    if layout.tokens_per_image + tags >= stage.batch.seq_length:
+        takes = f"an image takes {layout.tokens_per_image + tags} tokens" + (f", {tags} of them its tags" if tags else "")
+        raise ValueError(f"{takes}: all of batch.seq_length={stage.batch.seq_length}; raise it")
+    if layout.images and layout.most_tiles > stage.batch.max_tiles:
+        hint = "" if fewer or layout.max_tiles == 1 else ", lower model.image.max_tiles, or set data.fewer_tiles=true"
+        raise ValueError(f"an image makes {layout.most_tiles} tiles, more than batch.max_tiles={stage.batch.max_tiles}: raise it{hint}")
     if stage.data.fewer_tiles and stage.model.image.aspect != "tiles":
         raise ValueError(f"data.fewer_tiles has no effect on model.image.aspect={stage.model.image.aspect}, which cuts no grid; leave it out")
     for key, least in LEAST.items():

@@ -104,7 +104,8 @@ class _Run:
 def _find(stages: tuple[TrainConfig, ...], resume: str, say: Say) -> Path | None:
     """The checkpoint to go on from; None for a new start. Writes nothing. ValueError where the run folder holds another run."""
     out = Path(stages[0].out)
-    holds = ranks.share((out / "metrics.jsonl").exists() or (out / "checkpoints").exists())[0]
+    lines = out / "metrics.jsonl"  # empty where a run ended before its first step
+    holds = ranks.share((lines.exists() and lines.stat().st_size > 0) or any((out / "checkpoints").glob("*")))[0]
     if not resume:
         if holds:
             raise ValueError(f"{out} holds a run already. Go on with it: --resume auto. Or start another: out=FOLDER.")
@@ -182,7 +183,7 @@ def _run(stages: tuple[TrainConfig, ...], *, found: Path | None, on_evaluate: Ev
 
 
 def _train_stage(stage: Stage, last_step: int, *, on_evaluate: Evaluate | None, run: _Run) -> Path:
-    config, folder, reporter = stage.config, None, None
+    config, folder, reporter, said = stage.config, None, None, len(stage.loader.left_out)
     if ranks.rank() == 0:
         reporter = Reporter(out=Path(config.out), config=config, last_step=last_step, say=run.say, step=stage.number)
     try:
@@ -190,6 +191,9 @@ def _train_stage(stage: Stage, last_step: int, *, on_evaluate: Evaluate | None, 
         while stage.step < config.steps:
             since = time.monotonic()
             report = train_step(stage, next(steps), since=since)
+            for error in stage.loader.left_out[said:SAID]:
+                run.say(f"Left out: {error}")
+                said += 1
             told = ranks.share((run.signals.seen, _write(reporter, report)))
             if problem := told[0][1]:
                 raise ValueError(problem)
@@ -211,6 +215,10 @@ def _train_stage(stage: Stage, last_step: int, *, on_evaluate: Evaluate | None, 
     finally:
         if reporter is not None:
             reporter.close()
+
+
+SAID = 3
+"""Samples that are left out are named as they are met, so many at most."""
 
 
 def _write(reporter: Reporter | None, report: StepReport) -> str:

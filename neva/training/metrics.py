@@ -77,7 +77,7 @@ class StepReport:
     padding: float
     """Share of token slots that hold none."""
     tokens_per_s: float
-    images_per_s: float
+    tiles_per_s: float
     flops_per_s: float
     mfu: float | None
     """Share of the device's peak, where that is known."""
@@ -168,11 +168,12 @@ class Reporter:
             f"lr {r.lr:.2e}",
             f"{r.tokens_per_s:,.0f} tok/s",
             f"{r.padding:.1%} padding",
-            f"{r.images_per_s:,.1f} img/s",
+            f"{r.tiles_per_s:,.1f} tiles/s",
             f"{r.flops_per_s / 1e9:,.1f} GFLOP/s",
             *([f"MFU {r.mfu:.1%}"] if r.mfu is not None else []),
             f"{r.memory_gib:.2f} GiB",
             *([f"skipped {r.skipped_samples} samples, {r.skipped_steps} steps"] if r.skipped_samples or r.skipped_steps else []),
+            *([f"fewer tiles for {r.reduced_samples} samples"] if r.reduced_samples else []),
             f"ETA {int(left // 60)}:{int(left % 60):02d}",
         ]
         return "  ".join(parts)

@@ -41,7 +41,7 @@ class Stage:
     tokenizer: Tokenizer
     device: torch.device
     trained: frozenset[str]
-    """Parts (vision, projector, decoder, head) with a trained parameter."""
+    """Parts (vision, projector, decoder, cross, head) with a trained parameter."""
     step: int = 0
     """Optimiser steps done of this stage."""
     skipped_steps: int = 0
@@ -69,7 +69,10 @@ def check(config: TrainConfig, *, world: int) -> None:
         if path:
             store.find(Path(path))
     if config.evaluate.every:
-        LlavaSource(config.evaluate.source, config.evaluate.image_folder)
+        source = LlavaSource(config.evaluate.source, config.evaluate.image_folder, name="evaluate.source")
+        absent = [str(p) for n in range(len(source)) for p in source[n].images if isinstance(p, Path) and not p.is_file()]
+        if absent:
+            raise ValueError(f"evaluate.source={config.evaluate.source} names {len(absent)} images that are not there, {absent[0]} the first")
 
 
 def prepare(
@@ -121,7 +124,8 @@ def _origins(config: TrainConfig, start: Path | None, resume: Path | None) -> tu
     elsewhere = {part for field in PARTS if resume is None and getattr(config.init, field) for part in PARTS[field]}
     origins: list[tuple[Path, Callable[[str], bool]]] = []
     if begin is not None:
-        origins.append((begin, _taking(begin, {part for parts in PARTS.values() for part in parts} - elsewhere)))
+        uncrossed = set() if config.model.decoder.cross_layers else {"cross"}
+        origins.append((begin, _taking(begin, {part for parts in PARTS.values() for part in parts} - elsewhere - uncrossed)))
     for field_name, path in paths.items():
         folder = store.open_checkpoint(Path(path)).folder
         origins.append((folder, _taking(folder, set(PARTS[field_name]))))
@@ -266,7 +270,7 @@ def _report(
         labels=labels,
         padding=1 - tokens / slots,
         tokens_per_s=tokens / seconds,
-        images_per_s=sum(w.tiles for w in works) / seconds,
+        tiles_per_s=sum(w.tiles for w in works) / seconds,
         flops_per_s=flops / seconds,
         mfu=flops / seconds / (peak * len(works)) if peak else None,
         memory_gib=memory_gib(stage.device),

@@ -30,6 +30,11 @@ def a_batch():
     return collate([samples[:3], samples[3:]], budget, layout=config.layout, group_names=("mock",), any_tiles=True)
 
 
+def far(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected: 1 for a gradient of zeros."""
+    return float((found.float().cpu() - expected).norm() / expected.norm().clamp_min(1e-9))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
 def test_losses_and_gradients_equal_the_cpu(dtype, tolerance):
     batch, model = a_batch(), build(VLMS["llava-tiny"], seed=3)
@@ -42,8 +47,7 @@ def test_losses_and_gradients_equal_the_cpu(dtype, tolerance):
     losses.sum().backward()
     assert torch.allclose(losses.float().cpu(), expected, atol=tolerance, rtol=tolerance)
     for name, p in model.named_parameters():
-        scale = gradients[name].abs().max().clamp_min(1e-6)
-        assert (p.grad.float().cpu() - gradients[name]).abs().max() / scale < 20 * tolerance, name
+        assert far(p.grad, gradients[name]) < 4 * tolerance, name
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-1)])
@@ -61,8 +65,7 @@ def test_cross_attention_equals_the_cpu(name, dtype, tolerance):
     losses = model(batch.to("cuda")).losses
     losses.sum().backward()
     assert torch.allclose(losses.float().cpu(), expected, atol=tolerance, rtol=tolerance)
-    found = model.decoder.blocks[1].cross.k.weight.grad.float().cpu()
-    assert (found - gradient).abs().max() / gradient.abs().max() < 20 * tolerance
+    assert far(model.decoder.blocks[1].cross.k.weight.grad, gradient) < 2 * tolerance
     model.zero_grad()
     blind = test_cross.packed(config, [[samples[1]]])
     model(replace(blind, any_tiles=True).to("cuda")).losses.sum().backward()

@@ -44,6 +44,10 @@ def plan(name: str, data: Path, out: Path, *overrides: str) -> tuple[TrainConfig
     return resolve(api.recipe(name, [*ONE, *source, *overrides]))
 
 
+def asked(data: Path) -> tuple[str, str]:
+    return f"evaluate.source={data}", f"evaluate.image_folder={data.parent / 'images'}"
+
+
 def train(name: str, data: Path, out: Path, *overrides: str, **options: Any) -> Path:
     return loop.train(plan(name, data, out, *overrides), say=lambda text: None, **options)
 
@@ -348,7 +352,7 @@ def test_every_step_has_a_flushed_line_whatever_is_printed(data: Path, tmp_path:
         seen.append((config.name, folder.name, [line["step"] for line in runs.metrics(out)]))
         return {"colour": len(seen) / 10}
 
-    stages = plan("llava-tiny", data, out, "steps=2", "log.every=0", "evaluate.every=1", f"evaluate.source={data}")
+    stages = plan("llava-tiny", data, out, "steps=2", "log.every=0", "evaluate.every=1", *asked(data))
     loop.train(stages, say=said.append, on_evaluate=look)
     assert seen == [(name, f"step_{n}", list(range(1, n + 1))) for name, n in (("pretrain", 1), ("pretrain", 2), ("finetune", 3), ("finetune", 4))]
     assert not [text for text in said if "loss" in text]
@@ -358,7 +362,7 @@ def test_every_step_has_a_flushed_line_whatever_is_printed(data: Path, tmp_path:
     assert [(line["stage"], line["step"]) for line in lines] == [("pretrain", 1), ("pretrain", 2), ("finetune", 3), ("finetune", 4)]
     for line in lines:
         assert set(line) == {
-            "stage", "step", "loss", "losses", "balance", "grad_norm", "lr", "tokens", "labels", "padding", "tokens_per_s", "images_per_s",
+            "stage", "step", "loss", "losses", "balance", "grad_norm", "lr", "tokens", "labels", "padding", "tokens_per_s", "tiles_per_s",
             "flops_per_s", "mfu", "memory_gib", "seconds", "skipped_samples", "reduced_samples", "skipped_steps",
         }  # fmt: skip
         assert line["tokens"] == round((1 - line["padding"]) * 128 * 4) and 0 < line["labels"] < line["tokens"]
@@ -370,7 +374,7 @@ def test_printed_lines_follow_log_every(data: Path, tmp_path: Path) -> None:
     loop.train(plan("llava-tiny/finetune", data, tmp_path / "run", "log.every=2"), say=said.append)
     shown = [text for text in said if " loss " in text]
     assert [text.split()[1] for text in shown] == ["2/5", "4/5", "5/5"]
-    assert all(word in shown[1] for word in ("colour", "copy", "grad", "lr", "tok/s", "padding", "img/s", "FLOP/s", "GiB", "ETA"))
+    assert all(word in shown[1] for word in ("colour", "copy", "grad", "lr", "tok/s", "padding", "tiles/s", "FLOP/s", "GiB", "ETA"))
     (table,) = [text for text in said if "trained" in text]
     assert "Stage finetune (fp32), 5 steps" in table and "vision" in table
 
@@ -390,7 +394,7 @@ def test_tensorboard_holds_the_curves(data: Path, tmp_path: Path) -> None:
 
 
 def test_held_out_accuracy_is_what_eval_says_of_that_checkpoint(data: Path, tmp_path: Path) -> None:
-    overrides = ("evaluate.every=3", f"evaluate.source={data}", f"evaluate.image_folder={data.parent / 'images'}", "steps=6", "optim.lr=1e-2")
+    overrides = ("evaluate.every=3", *asked(data), "steps=6", "optim.lr=1e-2")
     stages = plan("llava-tiny/finetune", data, tmp_path / "run", *overrides, "checkpoint.keep_last=0")
     last = api.train(stages, say=lambda text: None)
     evaluations = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
@@ -475,7 +479,7 @@ def test_stopped_is_raised_after_saving(data: Path, tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGTERM)
         return {}
 
-    overrides = ("evaluate.every=2", f"evaluate.source={data}")
+    overrides = ("evaluate.every=2", *asked(data))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(loop.Stopped, match="Stopped at step 3 of 5") as stopped:
         train("llava-tiny/finetune", data, tmp_path / "run", *overrides, on_evaluate=interrupt)

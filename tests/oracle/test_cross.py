@@ -140,7 +140,8 @@ def keys_of(model: VLM, one: Encoded) -> tuple[Tensor, list[int], list[int]]:
         ids = [id for id in (one.memory_tags[number].tolist() if one.memory_tags.shape[1] else []) if id >= 0]
         tags = model.decoder.embed.weight[ids]
         if ids and model.config.tag_binding == "added":
-            x = x + tags.mean(0)
+            tag = tags.mean(0)
+            x = x + tag / tag.square().mean().sqrt() * x.detach().square().mean().sqrt()
         elif ids:
             x = torch.cat((tags, x))
         if one.memory_starts[number] == number:

@@ -134,18 +134,29 @@ def test_an_nvlm_made_here_goes_out(tmp_path):
     tiled = ("image.aspect=tiles", "image.max_tiles=6", "image.tags=1d", "image.prefix=<Image>", "image.suffix=</Image>", "pixel_shuffle=v2")
     options = Options(projector="norm_ffn_gelu", template="nvlm-chatml-hf", overrides=tiled)
     api.import_checkpoint([tmp_path / "text", tmp_path / "vit"], tmp_path / "neva", options=options)
-    api.export_checkpoint(tmp_path / "neva", tmp_path / "out")
+    said: list[str] = []
+    api.export_checkpoint(tmp_path / "neva", tmp_path / "out", say=said.append)
+    assert any("image.tag_tokens=joined" in line for line in said)
     back = read_source(tmp_path / "out")
     assert isinstance(back.model, VLMConfig) and back.model.image.max_tiles == 6 and back.format == "NVLM_D"
     for change, named in (
         ("image.tags=grid", "image.tags='grid'"),
         ("image.thumbnail=first", "image.thumbnail='first'"),
         ("image.prefix=", "prefix"),
+        ("image.resample=bilinear", "resample"),
+        ("vision.mean=[0.5,0.5,0.5]", "vision.mean"),
     ):
         changed = replace(options, overrides=(*tiled, change))
         api.import_checkpoint([tmp_path / "text", tmp_path / "vit"], tmp_path / named, options=changed)
         with pytest.raises(ValueError, match=f"NVLM_D cannot hold .*{named}"):
             api.export_checkpoint(tmp_path / named, tmp_path / "no")
+
+
+def test_tags_without_a_thumbnail_are_refused(tmp_path):
+    """The published code would then give the last tile the thumbnail's tag."""
+    nvlm(tmp_path / "hf", use_thumbnail=False)
+    with pytest.raises(ValueError, match="use_thumbnail"):
+        api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva")
 
 
 def test_x_and_h_have_no_format(tmp_path):

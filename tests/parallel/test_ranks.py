@@ -49,7 +49,7 @@ def check_close(out: Path, other: Path) -> None:
 def test_two_ranks_give_the_losses_of_one(one_and_two: tuple[Path, Path]) -> None:
     one, two = one_and_two
     check_close(two, one)
-    images = [round(line["images_per_s"] * line["seconds"]) for line in runs.metrics(one)]
+    images = [round(line["tiles_per_s"] * line["seconds"]) for line in runs.metrics(one)]
     assert {0, 1} <= set(images), images  # of two ranks one had an image, or none had
 
 

@@ -280,3 +280,27 @@ def test_a_full_disk_names_the_path_and_keeps_older_checkpoints(tmp_path: Path) 
     assert runs.steps_kept(out) == [2] and runs.digests(out / "checkpoints" / "step_2") == good
     assert train(out, "steps=4", "--resume", "auto").exit_code == 0
     assert [line["step"] for line in runs.metrics(out)] == [1, 2, 3, 4]
+
+
+def test_left_out_samples_are_named_as_they_are_met(tmp_path: Path) -> None:
+    path = data_file(tmp_path, GOOD, *(runs.row(f"long{n}", "Say it.", "word " * 400) for n in range(6)))
+    said = (
+        train(tmp_path / "run", f"data.source={path}", f"data.image_folder={tmp_path / 'images'}").output.replace("\n", " ").split("Left out: ")[1:]
+    )
+    assert len(said) == 3 and all("'long" in text and "raise batch.seq_length" in text for text in said)
+
+
+def test_missing_images_of_the_evaluation_are_found_before_training(tmp_path: Path) -> None:
+    path, asked = data_file(tmp_path, GOOD), tmp_path / "asked.json"
+    asked.write_text(json.dumps([{**json.loads(path.read_text())[0], "image": "nope.png"}]))
+    images = tmp_path / "images"
+    given = (f"data.source={path}", f"data.image_folder={images}", f"evaluate.source={asked}", f"evaluate.image_folder={images}")
+    must_fail(train(tmp_path / "run", *given, "evaluate.every=1"), "nope.png", "evaluate.source")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_that_failed_before_its_first_step_does_not_hold_its_folder(tmp_path: Path) -> None:
+    bad = data_file(tmp_path, runs.row("bad", "word " * 400, "x"))
+    must_fail(train(tmp_path / "run", f"data.source={bad}", "data.over_long=truncate"), "no label is left")
+    good = data_file(tmp_path, GOOD)
+    assert train(tmp_path / "run", f"data.source={good}", f"data.image_folder={tmp_path / 'images'}").exit_code == 0

@@ -288,10 +288,10 @@ def test_bad_samples_are_skipped_counted_and_named(tmp_path: Path) -> None:
         while loader.counts["epochs"]["data"] < 3:
             step = next(loader)
             keys.update(id for batch in step for _, id in batch.keys)
-        names = Counter(error.id for error in loader.skipped)
+        names = Counter(error.id for error in loader.left_out)
         assert not {"n2", "n5", "n8"} & set(keys) and len(keys) == 9
         assert set(names) == {"n2", "n5", "n8"} and loader.counts["skipped"] == sum(names.values())
-        assert all("sample 'n" in str(error) for error in loader.skipped)
+        assert all("sample 'n" in str(error) for error in loader.left_out)
         state = json.loads(json.dumps(loader.state_dict()))
         loader.load_state_dict(state)
         assert loader.counts["skipped"] == state["skipped"] == sum(names.values())

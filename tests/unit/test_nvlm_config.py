@@ -1,17 +1,21 @@
 """NVLM's configs: the article's sizes and tables, what is refused before training, named data sets, and `neva data tiles`."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from neva import api, cli, recipes
+from neva.data.pack import Budget, Item, Packer
 from neva.models import cost
 from neva.models.presets import DECODERS, VLMS
-from neva.models.vlm import ImageConfig, VLMConfig
+from neva.models.vlm import VLM, ImageConfig, VLMConfig
+from neva.parallel import wrap
 from neva.recipes.nvlm_tiny import MODELS
 from neva.recipes.resolve import resolve
 from tests import runs
@@ -112,6 +116,62 @@ def test_other_decoders_keep_the_recipes_cross_attention(tmp_path: Path) -> None
     assert "is of a model without cross-attention" in said
     with pytest.raises(ValueError, match=r"data.fewer_tiles has no effect on model.image.aspect=pad"):
         resolve(api.recipe("llava-tiny", ["data.fewer_tiles=true"]))
+    short = ["batch.seq_length=1536", f"data.tokenizer={runs.TOKENIZER}", "model.decoder.vocab=512"]
+    with pytest.raises(ValueError, match="an image takes 1853 tokens, 61 of them its tags"):
+        resolve(api.recipe("nvlm-d-34b/finetune", short))
+    resolve(api.recipe("nvlm-d-34b/finetune", [*short, "data.fewer_tiles=true"]))
+
+
+def test_what_init_brings_and_whether_it_fits(tmp_path: Path) -> None:
+    """A decoder of X without its cross-attention in D; a whole X in every stage of D's recipe, and said; weights that do not fit, from configs."""
+    small = ["log.tensorboard=false", "data.workers=0", "steps=1", "model.vision.layers=1", "evaluate.source=", "evaluate.image_folder="]
+    mock = "data.sources=[{name: a, weight: 1, mock: {samples: 50, words: [4, 9], image_size: [56, 28]}}]"
+    x = tmp_path / "x"
+    api.train("nvlm-x-tiny/finetune", [*small, mock, f"out={x}"], say=lambda text: None)
+    plain = api.recipe("nvlm-d-tiny/finetune", [f"init.decoder={x}"])
+    assert plain[0].model.inline == "all" and plain[0].model.decoder.cross_layers == ()
+    said: list[str] = []
+    stages = api.recipe("nvlm-d-tiny", [f"pretrain:init.model={x}"], say=said.append)
+    assert [stage.model.inline for stage in stages] == ["none", "none"] and stages[0].model == stages[1].model
+    assert "init.model brings inline=none, projector=norm_linear" in said[0]
+    refused = {
+        "cross_layers=[1, 3]": ["nvlm-x-tiny/finetune", f"init.model={x}", "model.decoder.cross_layers=[0,2]"],
+        "leave it out": ["nvlm-d-tiny/finetune", f"init.cross={x}"],
+        "decoder.blocks.0.mlp": ["nvlm-x-tiny/finetune", f"init.model={x}", "model.decoder.ffn=64"],
+    }
+    for why, (name, *overrides) in refused.items():
+        with pytest.raises(ValueError, match=re.escape(why)):
+            api.dry_run(name, [*overrides, *small, mock, f"out={tmp_path / 'no'}"], say=said.append)
+    api.train("nvlm-d-tiny/finetune", [*small, mock, f"init.decoder={x}", f"out={tmp_path / 'd'}"], say=lambda text: None)
+    fresh = ["init.cross=fresh", "model.decoder.cross_layers=[0,2]", f"init.model={x}"]
+    api.train("nvlm-x-tiny/finetune", [*small, mock, *fresh, f"out={tmp_path / 'again'}"], say=lambda text: None)
+    with pytest.raises(ValueError, match=r"an image makes 7 tiles, more than batch.max_tiles=3: .*data.fewer_tiles=true"):
+        resolve(api.recipe("nvlm-x-tiny/finetune", ["batch.max_tiles=3"]))
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_step_packs_the_articles_batch(kind: str) -> None:
+    """Samples of lengths around the means that recipes/nvlm.py assumes, of six tiles and a thumbnail where the stage has them."""
+    means, samples = {"d": (330, 1500), "x": (80, 250), "h": (330, 500)}[kind], {"d": (2048, 128), "x": (2048, 512), "h": (2048, 256)}[kind]
+    for stage, tokens, expected in zip(recipes.get(f"nvlm-{kind}-34b"), means, samples, strict=True):
+        b, tiles = stage.batch, stage.model.layout.most_tiles
+        packer = Packer(Budget(seq_length=b.seq_length, rows=b.rows, micro_rows=b.micro_rows, max_tiles=b.max_tiles))
+        for number in range(4 * expected):
+            packer.put(Item(number, tokens // 2 + number * 37 % tokens, tiles))
+        rows = 0
+        while len(packer):
+            rows += bool(packer.pop_row())
+        assert 4 * expected / rows * b.rows == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("trained", "groups"), [(("projector.*", "decoder.blocks.*.cross.*"), 2), (("*", "!vision.*"), 0), (("decoder.*", "!*.cross.*"), 2)]
+)
+def test_cross_attention_is_sharded_apart_only_where_it_must(trained: tuple[str, ...], groups: int) -> None:
+    with torch.device("meta"):
+        model = VLM(X)
+    wrap.freeze(model, trained)
+    assert len(wrap._apart(model.decoder.blocks)) == groups
 
 
 def test_data_sets_by_name(tmp_path: Path) -> None:

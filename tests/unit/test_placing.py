@@ -148,6 +148,9 @@ def test_tiles_give_way_where_a_sample_is_too_long() -> None:
     found = encoder.fit(sample(7), length=whole.tokens - 1, tiles=99)
     assert found.tokens < whole.tokens and found.max_tiles in (4, 2)
     assert encoder.fit(sample(7), length=99999, tiles=1).tiles == 1 and encoder.fit(sample(7), length=1, tiles=9) == least
+    for layout, asked in ((H, sample(7)), (D, Sample(source="s", id="0", turns=(Turn(role="user", text="a b c"), Turn(role="assistant", text="d"))))):
+        kept = Encoder(TEXT, "text", None, layout).fit(asked, length=1, tiles=99)
+        assert kept.max_tiles == 0, "tiles of a memory, or of no image, shorten nothing"
     source = MockSource(samples=40, words=(4, 8), images=1, image_size=SIZES[7], text_only_every=4)
     for fewer in (False, True):
         options = LoaderOptions(fewer_tiles=fewer, pool=8)
