@@ -73,7 +73,8 @@ def _with(model: VLMConfig, **image: object) -> VLMConfig:
     return replace(model, image=replace(model.image, **image))  # type: ignore[arg-type]
 
 
-D, X, H = TINY["d"], TINY["x"], replace(TINY["h"], tag_binding="adjacent")
+D, X = TINY["d"], TINY["x"]
+H = replace(D, decoder=X.decoder, inline="thumbnail")
 ROTARY = replace(H.decoder, cross=CrossConfig(rotary=True))
 TRAININGS = {
     "D": Training(model=D),

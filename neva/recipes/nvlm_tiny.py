@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from neva.job import BatchConfig, CheckpointConfig, DataConfig, EvaluateConfig, OptimConfig, SourceConfig, TrainConfig
-from neva.models.decoder import DecoderConfig
+from neva.models.decoder import CrossConfig, DecoderConfig
 from neva.models.vlm import ImageConfig, VLMConfig
 from neva.recipes.demo import MODEL
 
@@ -19,9 +19,9 @@ _CROSSED = replace(DECODER, cross_layers=(1, 3))
 MODELS: dict[str, VLMConfig] = {
     "d": _D,
     "x": replace(_D, decoder=_CROSSED, inline="none", projector="norm_linear"),
-    "h": replace(_D, decoder=_CROSSED, inline="thumbnail", tag_binding="added"),
+    "h": replace(_D, decoder=replace(_CROSSED, cross=CrossConfig(rotary=True)), inline="thumbnail", tag_binding="rotary"),
 }
-"""H adds tags to their tiles' features: among keys without positions, as the article has them, they name no tile."""
+"""H's keys have positions: without, as in the article, tags among them name no tile (docs/nvlm.md)."""
 
 
 def _source(name: str, weight: float) -> SourceConfig:

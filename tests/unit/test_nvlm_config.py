@@ -76,12 +76,13 @@ REFUSED = {
     "cross-attention without memory": (lambda: replace(X, inline="all"), "would see no tile"),
     "H of one tile": (lambda: replace(MODELS["h"], image=replace(X.image, max_tiles=1)), "nothing would be left"),
     "H without a thumbnail": (lambda: replace(MODELS["h"], image=replace(X.image, thumbnail="none")), "nothing would be left"),
-    "a binding without tags": (lambda: replace(MODELS["h"], image=replace(X.image, tags="none")), "tag_binding=added"),
+    "a binding without tags": (lambda: replace(MODELS["h"], image=replace(X.image, tags="none")), "tag_binding=rotary .* tag_binding=adjacent"),
     "a binding in X": (lambda: replace(X, tag_binding="rotary"), "tag_binding=rotary"),
-    "rotary binding without positions": (lambda: replace(MODELS["h"], tag_binding="rotary"), "go together"),
+    "rotary binding without positions": (lambda: replace(MODELS["h"], decoder=X.decoder), "go together"),
     "positions without rotary binding": (
-        lambda: replace(MODELS["h"], tag_binding="adjacent", decoder=replace(X.decoder, cross=replace(X.decoder.cross, rotary=True))), "go together"
+        lambda: replace(MODELS["h"], tag_binding="adjacent"), "go together"
     ),
+    "boxes of one point": (lambda: ImageConfig(aspect="tiles", max_tiles=6, tags="bbox", box_scale=1), "at least max_tiles=6"),
     "tags in the text of X": (lambda: replace(X, image=replace(X.image, tag_tokens="joined")), "need inline=all"),
     "tiles of another aspect": (lambda: ImageConfig(aspect="pad", max_tiles=6), "max_tiles=6 needs aspect=tiles"),
     "fewer than the fewest": (lambda: ImageConfig(aspect="tiles", min_tiles=4, max_tiles=2), "need 1 <= min_tiles <= max_tiles"),
