@@ -4,19 +4,19 @@ import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+import queue
 import signal
 import threading
+import traceback
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 import torch.multiprocessing
-
-_desk: Any = None
-"""In a worker: what its tasks work with, sent once at its start."""
 
 
 class Crew:
@@ -25,32 +25,63 @@ class Crew:
     The processes end with this one, however it ends, and leave a signal to its process group to it.
     """
 
+    # Each worker has a pipe of its own and a thread here that waits for it. With the shared queues of ProcessPoolExecutor, a worker
+    # that is killed while it writes leaves half a message or a held lock, and all wait for ever.
+
     def __init__(self, workers: int, desk: object) -> None:
         self._desk = desk
-        self._pool: ProcessPoolExecutor | None = None
-        if workers:
-            context = torch.multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["neva.data.loader"])
-            # The server inherits the mask: a SIGTERM to the group would otherwise end it, and with it the pool's view of its workers.
-            multiprocessing.resource_tracker.ensure_running()  # first, since its start unblocks the signal
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-            multiprocessing.forkserver.ensure_running()
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(desk,))
+        self._threads: ThreadPoolExecutor | None = None
+        self._workers: list[Any] = []
+        self._pipes: list[Connection] = []
+        self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        if not workers:
+            return
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["neva.data.loader"])
+        # The server inherits the mask: a SIGTERM to the group would otherwise end it, and with it the view of its workers.
+        multiprocessing.resource_tracker.ensure_running()  # first, since its start unblocks the signal
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        multiprocessing.forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_serve, args=(theirs, desk), daemon=True)
+            worker.start()
+            theirs.close()  # now the worker's end alone is left, and its death ends what we read
+            self._workers.append(worker)
+            self._pipes.append(ours)
+            self._idle.put(ours)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="data")
 
     def submit(self, task: Callable[..., Any], *args: object) -> Callable[[], Any]:
         """Starts a task and returns the function that waits for its result. That raises what the task raised, or ValueError if a worker died."""
-        if self._pool is None:
+        if self._threads is None:
             return partial(task, self._desk, *args)
-        try:
-            return partial(_result, self._pool.submit(_run, task, args))
-        except BrokenProcessPool:
-            raise ValueError(DIED) from None
+        return self._threads.submit(self._ask, task, args).result
 
     def close(self) -> None:
         """Ends the processes; tasks that have not begun are dropped."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+        for pipe in self._pipes:
+            pipe.close()
+        for worker in self._workers:
+            worker.join()
+
+    def _ask(self, task: Callable[..., Any], args: tuple[object, ...]) -> Any:
+        pipe = self._idle.get()
+        try:
+            pipe.send((task, args))
+            done, result = pipe.recv()
+        except (EOFError, OSError) as error:
+            for worker in self._workers:  # one is gone for good: let no other work on
+                worker.kill()
+            raise ValueError(DIED) from error
+        finally:
+            self._idle.put(pipe)
+        if not done:
+            raise result
+        return result
 
 
 DIED = (
@@ -59,21 +90,8 @@ DIED = (
 )
 
 
-def _result(future: Future[Any]) -> Any:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        raise ValueError(DIED) from None
-
-
-def _run(task: Callable[..., Any], args: tuple[object, ...]) -> Any:
-    return task(_desk, *args)
-
-
-def _start(desk: object) -> None:
-    """Sets a worker up: its desk, one thread, the parent's death and signals."""
-    global _desk
-    _desk = desk
+def _serve(pipe: Connection, desk: object) -> None:
+    """A worker's life: one thread, the parent's death and signals, then tasks until the parent closes the pipe."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
@@ -82,6 +100,17 @@ def _start(desk: object) -> None:
         threading.Thread(target=_obey_parent, daemon=True).start()
     else:  # macOS does not tell who sent a signal
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    while True:
+        try:
+            task, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = ForkingPickler.dumps((True, task(desk, *args)))
+        except Exception as error:
+            error.add_note(f"In a data worker:\n{traceback.format_exc()}")
+            answer = ForkingPickler.dumps((False, error))
+        pipe.send_bytes(answer)
 
 
 def _follow_parent() -> None:

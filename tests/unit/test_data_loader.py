@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
@@ -28,6 +29,7 @@ from neva.data.pack import Budget
 from neva.data.sample import SampleError
 from neva.data.source import LlavaSource, MockSource
 from neva.data.tokenizer import load_tokenizer
+from neva.data.workers import Crew
 
 torch.set_num_threads(1)
 ENCODER = Encoder(load_tokenizer(Path(__file__).parents[1] / "data" / "tiny.model"), "v1", "", ImageLayout(tile=4, tokens_per_tile=5))
@@ -431,6 +433,41 @@ def asked(process: subprocess.Popen) -> str:
     process.stdin.write("\n")
     process.stdin.flush()
     return process.stdout.readline()
+
+
+def ask(_desk: None, question: str) -> Any:
+    """A worker's task that goes wrong."""
+    if question == "half a message":  # killed while it answers, as when memory runs out
+
+        def half(_pipe: Connection, data: bytes) -> None:
+            os.write(_pipe.fileno(), data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Connection._send = half
+    elif question == "no pickle":
+        return lambda: None
+    elif question == "raise":
+        raise SampleError("a", "1", "is bad")
+    return b"1" * 100_000
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_a_worker_that_dies_in_the_middle_of_an_answer_is_told() -> None:
+    crew = Crew(2, None)
+    try:
+        assert len(crew.submit(ask, "")()) == 100_000
+        with pytest.raises(SampleError, match="is bad") as raised:
+            crew.submit(ask, "raise")()
+        assert "In a data worker:" in raised.value.__notes__[0] and 'SampleError("a", "1", "is bad")' in raised.value.__notes__[0]
+        with pytest.raises(AttributeError, match="pickle"):
+            crew.submit(ask, "no pickle")()
+        with pytest.raises(ValueError, match="a data worker died"):
+            crew.submit(ask, "half a message")()
+        with pytest.raises(ValueError, match="a data worker died"):  # nor does the other work on
+            crew.submit(ask, "")()
+    finally:
+        crew.close()
 
 
 @pytest.mark.slow
