@@ -1,4 +1,4 @@
-"""Seven claims of the NVLM article at small scale: which come out with models of a million parameters on two cores.
+"""Seven claims of the NVLM article at small scale: which come out with models of two million parameters on two cores.
 
     python experiments/nvlm.py                               # seeds 0, 1 and 2, all claims, then the report
     python experiments/nvlm.py --seeds 0 --claims tags       # what one claim needs, for one seed
@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
 import neva
 from neva.data.encode import Encoder
@@ -116,9 +116,8 @@ def write_data(out: Path) -> None:
     with published(out / "extra") as part:
         for number in range(ALIGNED):
             digit, (high, wide) = int(random.integers(10)), ALIKE[number % len(ALIKE)]
-            page = images[random.choice(shown[labels[shown] == digit], (high, wide))].transpose(0, 2, 1, 3).reshape(high * 28, wide * 28)
             picture = f"alike-{number:05d}.png"
-            Image.fromarray(page).save(part / "images" / picture, compress_level=1)
+            pages.save(part / "images" / picture, images[random.choice(shown[labels[shown] == digit], (high, wide))])
             answers = (str(digit), "no" if digit % 2 else "yes", "yes" if digit > 4 else "no")
             if number < ALIGNED // 6:
                 kind = number // len(ALIKE) % 3
@@ -228,7 +227,9 @@ def run_all(jobs: Sequence[tuple[str, int]], out: Path, at_once: int, short: boo
                 print(f"{time.monotonic() - started:5.0f} s  seed {seed}  {name}: {shown}", flush=True)
     finally:
         for process in running:
-            process.terminate()  # each saves a checkpoint first
+            process.terminate()
+        for process in running:
+            process.wait()  # each saves a checkpoint first
 
 
 def result_file(out: Path, name: str, seed: int) -> Path:
@@ -243,10 +244,16 @@ def measure_cost(out: Path, short: bool) -> None:
         return
     print("Measuring steps and requests", flush=True)
     repeats = "1" if short else "5"
-    command = [sys.executable, str(ROOT / "bench" / "nvlm.py"), "--only", "step", "requests", "paper", "--repeats", repeats]
+    command = [sys.executable, str(ROOT / "bench" / "nvlm.py"), "--only", "step", "requests", "--repeats", repeats]
     found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True).stdout
-    lines.with_suffix(".part").write_text(found)
-    lines.with_suffix(".part").rename(lines)
+    publish(lines, found)
+
+
+def publish(file: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    part = file.with_suffix(".part")
+    part.write_text(text)
+    part.rename(file)
 
 
 class Results:
@@ -352,11 +359,7 @@ def draw(out: Path, folder: Path, seeds: Sequence[int]) -> None:
         figure, axes = plt.subplots(1, 3, figsize=(12, 0.35 * len(names) + 1.2), sharey=True, layout="constrained")
         for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
             rows = [results.scores(name, kind) for name in names]
-            axis.barh(
-                names,
-                [statistics.mean(row) for row in rows],
-                color=["#4c72b0" if n[0] == "D" else "#dd8452" if n[0] == "X" else "#55a868" for n in names],
-            )
+            axis.barh(names, [statistics.mean(row) for row in rows], color=[COLOURS[name[0]] for name in names])
             for number, row in enumerate(rows):
                 axis.plot(row, [number] * len(row), "k.", markersize=5)
             axis.set(title=title, xlim=(0, 1.02), xlabel="share of right answers (dots: seeds)")
@@ -400,8 +403,9 @@ def main() -> None:
     if given.train:
         seed = given.seeds[0]
         found = train_base(given.train, out, steps) if given.train in ("vision", "text") else train(given.train, seed, out, steps)
-        result_file(out, given.train, seed).write_text(json.dumps(found))
+        publish(result_file(out, given.train, seed), json.dumps(found))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the trainings are ended too
     out.mkdir(parents=True, exist_ok=True)
     made = out / "steps.json"
     if made.exists() and json.loads(made.read_text()) != steps:

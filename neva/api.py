@@ -56,7 +56,10 @@ __all__ = [
 
 
 def recipe(name: str, overrides: Sequence[str] = (), *, say: Callable[[str], None] | None = None) -> tuple[TrainConfig, ...]:
-    """The stages of a recipe (NAME, NAME/STAGE or a saved FILE.yaml) with overrides such as `optim.lr=1e-4` applied."""
+    """The stages of a recipe (NAME, NAME/STAGE or a saved FILE.yaml) with overrides such as `optim.lr=1e-4` applied.
+
+    `say` gets a line for each stage in which a checkpoint named by `init` puts its own model in the recipe's place.
+    """
     stages = tree.override(recipes.get(name), overrides, named=NAMED)
     if name.endswith((".yaml", ".yml")) or all(stage.init == InitConfig() for stage in stages):
         return stages

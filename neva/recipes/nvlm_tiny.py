@@ -10,7 +10,7 @@ from neva.models.vlm import ImageConfig, VLMConfig
 from neva.recipes.demo import MODEL
 
 TOKENIZER = str(Path(__file__).with_name("tokenizer_nvlm"))
-"""A byte-level tokenizer in which a tag has five tokens, as NVLM's do."""
+"""A byte-level BPE tokenizer of 390 tokens, trained on the questions of `pages`; a tag has five tokens, as NVLM's do."""
 
 DECODER = DecoderConfig(vocab=512, width=128, layers=4, heads=4, kv_heads=2, ffn=352, max_positions=1024)
 IMAGE = ImageConfig(aspect="tiles", max_tiles=6, tags="1d", prefix="<Image>", suffix="</Image>", thumbnail_tag="<tile_global>")
@@ -29,13 +29,16 @@ def _source(name: str, weight: float) -> SourceConfig:
 
 
 def _stages(kind: Literal["d", "x", "h"]) -> tuple[TrainConfig, ...]:
-    """Both stages train everything, the first all but the embedding: there are no pretrained weights to ship."""
+    """Both stages train everything, the first all but the embedding: there are no pretrained weights to ship.
+
+    Pages of one digit in two hands give cross-attention a memory in the first: a picture of one tile is its own thumbnail, which H has inline.
+    """
     model = MODELS[kind]
     pretrain = TrainConfig(
         name="pretrain",
         model=model,
         trainable=("*", "!decoder.embed.*"),
-        data=DataConfig(sources=(_source("captions", 1.0),), tokenizer=TOKENIZER, template="nvlm-pretrain", workers=0),
+        data=DataConfig(sources=(_source("captions", 0.5), _source("alike", 0.5)), tokenizer=TOKENIZER, template="nvlm-pretrain", workers=0),
         batch=BatchConfig(seq_length=1024, rows=4, micro_rows=1, max_tiles=128),
         optim=OptimConfig(lr=1e-3, warmup=10.0, betas=(0.9, 0.95), weight_decay=0.05),
         steps=200,

@@ -15,13 +15,13 @@ LAYOUTS = ((1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2))
 """(rows, columns) of pages; `tile_grid` cuts each into just these."""
 UNSEEN = (2, 2)
 """A layout that no training page has."""
-PAGES, ASKED, ASKED_UNSEEN, TEXTS = 8000, 600, 400, 4000
-"""Pages to train on, held-out pages of their layouts and of `UNSEEN`, and questions without a page to train on."""
+PAGES, ASKED, ASKED_UNSEEN, TEXTS, ALIKE = 8000, 600, 400, 4000, 6000
+"""Pages to train on, held-out pages of their layouts and of `UNSEEN`, questions without a page to train on, pages of one digit in two hands."""
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def write(folder: Path) -> None:
-    """Write images/ and captions.json, pages.json, heldout.json, unseen.json, text.json and more into `folder`, which appears whole or not at all."""
+    """Write images/, captions.json, alike.json, pages.json, heldout.json, unseen.json, text.json and more into `folder`: all of them or none."""
     if folder.exists():
         return
     with np.load(archive()) as packed:
@@ -45,15 +45,26 @@ def write(folder: Path) -> None:
             for number in range(count):
                 high, wide = layouts[number % len(layouts)]
                 digits = random.choice(among, (high, wide))
-                page = images[digits].transpose(0, 2, 1, 3).reshape(high * 28, wide * 28)
                 picture, place = f"{name}-{number:05d}.png", int(random.integers(high * wide))
-                Image.fromarray(page).save(part / "images" / picture, compress_level=1)
+                save(part / "images" / picture, images[digits])
                 asked = f"Number {place + 1}?", str(labels[digits].reshape(-1)[place])
                 rows[name].append(sample(name, f"{name}-{number}", [picture], *asked) | {"digits": labels[digits].tolist()})
+        random_alike, rows["alike"] = np.random.default_rng(7), []
+        for number in range(ALIKE):
+            digit, size = int(random_alike.integers(10)), ((1, 2), (2, 1))[number % 2]
+            picture = f"alike-{number:05d}.png"
+            save(part / "images" / picture, images[random_alike.choice(shown[labels[shown] == digit], size)])
+            rows["alike"].append(sample("alike", f"alike-{number}", [picture], "Which digit is this?", str(digit)))
         texts, kinds = _texts(), random.permutation(np.arange(TEXTS) % 5)
         rows["text"] = [_row(f"text-{n}", list(texts)[kind], texts, int(random.integers(1000))) for n, kind in enumerate(kinds)]
         rows["text-all"] = [_row(f"text-all-{kind}-{n}", kind, texts, n) for kind, asked in texts.items() for n in range(len(asked))]
         write_rows(part, rows)
+
+
+def save(file: Path, digits: np.ndarray) -> None:
+    """Write a page of digits (rows, columns, height, width)."""
+    high, wide, *size = digits.shape
+    Image.fromarray(digits.transpose(0, 2, 1, 3).reshape(high * size[0], wide * size[1])).save(file, compress_level=1)
 
 
 def _row(id: str, kind: str, texts: dict[str, list[tuple[str, str]]], number: int) -> dict:

@@ -257,7 +257,7 @@ def _report(
             entry = merged.setdefault(name, [0.0, 0.0])
             entry[0], entry[1] = entry[0] + loss, entry[1] + count
     labels, tokens, slots, flops = (sum(getattr(w, key) for w in works) for key in ("labels", "tokens", "slots", "flops"))
-    peak = peak_flops(stage.device)
+    peak, counts = peak_flops(stage.device), stage.loader.counts
     return StepReport(
         stage=stage.config.name,
         step=stage.number,
@@ -275,8 +275,8 @@ def _report(
         mfu=flops / seconds / (peak * len(works)) if peak else None,
         memory_gib=memory_gib(stage.device),
         seconds=seconds,
-        skipped_samples=stage.loader.counts["dropped"] + stage.loader.counts["skipped"],
-        reduced_samples=stage.loader.counts["reduced"],
+        skipped_samples=counts["dropped"] + counts["skipped"],
+        reduced_samples=counts["reduced"],
         skipped_steps=stage.skipped_steps,
     )
 

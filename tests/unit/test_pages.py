@@ -36,6 +36,11 @@ def test_a_question_names_the_tile_that_answers_it(folder: Path) -> None:
             place = int(question.removeprefix("<image>\nNumber ").removesuffix("?")) - 1
             assert label[tiles[place].tobytes()] == int(answer) == np.ravel(row["digits"])[place]
             seen.setdefault(name, set()).update(tile.tobytes() for tile in tiles)
+    for row in json.loads((folder / "alike.json").read_text())[:300]:
+        page = np.asarray(Image.open(folder / "images" / row["image"]))
+        hands = [part.tobytes() for part in np.split(page, 2, axis=int(page.shape[1] > 28))]
+        assert {label[hand] for hand in hands} == {int(row["conversations"][1]["value"])}
+        seen["pages"].update(hands)
     assert not seen["pages"] & (seen["heldout"] | seen["unseen"])
 
 
