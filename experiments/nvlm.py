@@ -340,13 +340,13 @@ def minutes_of(run: Path) -> float:
 
 
 def points(differences: Sequence[float], mean: float, asked: int) -> str:
-    """A mean difference in points with each seed's. Bold where all seeds agree on its sign and it is 3 points or more, and 3 standard errors of the
-    difference of two such means over `asked` questions a seed; `mean` is the mean of both sides."""
+    """A mean difference in points with each seed's. Bold where every seed by itself shows it: 3 points or more of one sign, and 2 standard errors
+    of a difference over `asked` questions; `mean` is the mean of both sides."""
     if not differences:
         return "-"
     found = statistics.mean(differences)
-    error = math.sqrt(2 * mean * (1 - mean) / (asked * len(differences)))
-    clear = abs(found) >= max(NOTICEABLE, 3 * error) and all(d * found > 0 for d in differences)
+    error = math.sqrt(2 * mean * (1 - mean) / asked)
+    clear = all(math.copysign(d, d * found) >= max(NOTICEABLE, 2 * error) for d in differences)
     shown = f"{100 * found:+.1f} ({', '.join(f'{100 * d:+.1f}' for d in differences)})"
     return f"**{shown}**" if clear else shown
 
