@@ -39,7 +39,7 @@ class Budget:
     @property
     def max_documents(self) -> int:
         """Samples in a row: bounded, so that `cu_seqlens` is short and of one length (a kernel starts work for each entry)."""
-        return min(self.seq_length, max(16, self.seq_length // 32))
+        return min(self.seq_length, max(16, self.seq_length // 16))
 
     def fits(self, item: "Item") -> bool:
         """Whether the item fits an empty row."""

@@ -24,6 +24,10 @@ MODELS: dict[str, VLMConfig] = {
 """H's keys have positions: without, as in the article, tags among them name no tile (docs/nvlm.md)."""
 
 
+SEQ_LENGTH = {"d": 1024, "x": 768, "h": 512}
+"""Rows of about as many samples: X and H have fewer tokens for a page."""
+
+
 def _source(name: str, weight: float) -> SourceConfig:
     return SourceConfig(path=f"{{out}}/data/{name}.json", image_folder="{out}/data/images", name=name, weight=weight, make="pages")
 
@@ -39,7 +43,7 @@ def _stages(kind: Literal["d", "x", "h"]) -> tuple[TrainConfig, ...]:
         model=model,
         trainable=("*", "!decoder.embed.*"),
         data=DataConfig(sources=(_source("captions", 0.5), _source("alike", 0.5)), tokenizer=TOKENIZER, template="nvlm-pretrain", workers=0),
-        batch=BatchConfig(seq_length=1024, rows=4, micro_rows=1, max_tiles=128),
+        batch=BatchConfig(seq_length=SEQ_LENGTH[kind], rows=4, micro_rows=1, max_tiles=128),
         optim=OptimConfig(lr=1e-3, warmup=10.0, betas=(0.9, 0.95), weight_decay=0.05),
         steps=200,
         precision="fp32",  # at these sizes bf16 is slower, also on CPUs that have it
@@ -53,7 +57,7 @@ def _stages(kind: Literal["d", "x", "h"]) -> tuple[TrainConfig, ...]:
         data=replace(pretrain.data, sources=(_source("pages", 0.85), _source("text", 0.15)), template="v1", system=""),
         optim=OptimConfig(lr=1e-3, min_lr=2e-5, warmup=20.0, betas=(0.9, 0.98), weight_decay=0.05),
         steps=800,
-        evaluate=EvaluateConfig(every=0, source="{out}/data/heldout.json", image_folder="{out}/data/images"),
+        evaluate=EvaluateConfig(every=800, source="{out}/data/heldout.json", image_folder="{out}/data/images"),
     )
     return pretrain, finetune
 

@@ -84,7 +84,7 @@ def test_an_item_that_no_row_can_hold_is_refused_and_cannot_hang(item: Item) -> 
 def test_a_row_of_tiny_items_is_bounded() -> None:
     budget = Budget(seq_length=1024)
     rows = packed([Item(number, 1) for number in range(100)], budget)
-    assert budget.max_documents == 32 and [len(row) for row in rows] == [32, 32, 32, 4]
+    assert budget.max_documents == 64 and [len(row) for row in rows] == [64, 36]
 
 
 def test_a_step_has_the_rows_that_were_asked_for() -> None:
