@@ -107,7 +107,7 @@ class Ours:
         tokenizer = Path(stage.__file__).parents[1] / "recipes" / "tokenizer"
         config = TrainConfig(
             name="bench", model=model, precision=precision, steps=10**6,
-            data=DataConfig(sources=(SourceConfig(mock=MockConfig()),), tokenizer=str(tokenizer), workers=0),  # a stage must have some
+            data=DataConfig(sources=(SourceConfig(mock=MockConfig()),), tokenizer=str(tokenizer), template="v1", workers=0),  # a stage must have some
             batch=BatchConfig(seq_length=BUDGET.seq_length, rows=BUDGET.rows, micro_rows=BUDGET.micro_rows),
             optim=OptimConfig(lr=LR, schedule="constant", warmup=0, weight_decay=0.0, clip=CLIP),
         )  # fmt: skip
