@@ -103,7 +103,7 @@ def _serve(pipe: Connection, desk: object) -> None:
     while True:
         try:
             task, args = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # closed, or the parent is gone with an answer unread
             return
         try:
             answer = ForkingPickler.dumps((True, task(desk, *args)))

@@ -49,11 +49,11 @@ def write(folder: Path) -> None:
                 save(part / "images" / picture, images[digits])
                 asked = f"Number {place + 1}?", str(labels[digits].reshape(-1)[place])
                 rows[name].append(sample(name, f"{name}-{number}", [picture], *asked) | {"digits": labels[digits].tolist()})
-        random_alike, rows["alike"] = np.random.default_rng(7), []
+        apart, rows["alike"] = np.random.default_rng(7), []  # so that the other files do not depend on it
         for number in range(ALIKE):
-            digit, size = int(random_alike.integers(10)), ((1, 2), (2, 1))[number % 2]
+            digit, size = int(apart.integers(10)), ((1, 2), (2, 1))[number % 2]
             picture = f"alike-{number:05d}.png"
-            save(part / "images" / picture, images[random_alike.choice(shown[labels[shown] == digit], size)])
+            save(part / "images" / picture, images[apart.choice(shown[labels[shown] == digit], size)])
             rows["alike"].append(sample("alike", f"alike-{number}", [picture], "Which digit is this?", str(digit)))
         texts, kinds = _texts(), random.permutation(np.arange(TEXTS) % 5)
         rows["text"] = [_row(f"text-{n}", list(texts)[kind], texts, int(random.integers(1000))) for n, kind in enumerate(kinds)]
