@@ -42,7 +42,7 @@ MODULE_STATE = re.compile(r"(mesh|rank|world|world_size|local_rank|dtype|device)
 ASSERTS = re.compile(r"\bassert\b|raises|warns|assert_|check_|expect|run_layout|must_")
 SKIPS = {f"pytest.{word}" for word in ("skip", "xfail", "mark.skip", "mark.xfail", "import" + "orskip")}
 LENGTH_EXEMPT = {"presets.py"}
-FILE_LINES, FUNCTION_LINES, ARGUMENTS = 500, 60, 8
+FILE_LINES, FUNCTION_LINES, ARGUMENTS = 650, 80, 8
 
 
 @dataclass(frozen=True)
@@ -270,8 +270,8 @@ BAD = (
     ("is_named_for_what_it_holds", "neva/models/utils.py", ""),
     ("is_named_for_what_it_holds", "neva/core/x.py", ""),
     ("is_named_for_what_it_holds", "neva/data/base_source.py", ""),
-    ("is_short", "neva/models/vit.py", "x = 1\n" * 501),
-    ("is_short", "neva/models/vit.py", "def f():\n" + "    x = 1\n" * 60),
+    ("is_short", "neva/models/vit.py", "x = 1\n" * 651),
+    ("is_short", "neva/models/vit.py", "def f():\n" + "    x = 1\n" * 80),
     ("takes_few_arguments", "neva/models/vit.py", "def f(a, b, c, d, *, e, f, g, h, i): ..."),
     ("takes_few_arguments", "neva/models/vit.py", "class A:\n    def f(self, a, b, c, d, e, f, g, h, i): ..."),
     ("is_finished", "neva/models/vit.py", "def f():\n    raise NotImplementedError"),
@@ -291,7 +291,7 @@ GOOD = (
     ("keeps_the_mesh_out", "neva/parallel/mesh.py", "import torch.distributed as dist"),
     ("reads_no_environment", "neva/launch.py", "import os\nos.environ['RANK']"),
     ("keeps_no_global_state", "neva/models/vit.py", "def f(rank, dtype):\n    mesh = rank\n    return mesh"),
-    ("is_short", "neva/models/presets.py", "x = 1\n" * 501),
+    ("is_short", "neva/models/presets.py", "x = 1\n" * 651),
     ("takes_few_arguments", "neva/models/vit.py", "class A:\n    def f(self, a, b, c, d, e, f, g, h): ..."),
     ("swallows_no_error", "neva/models/vit.py", "try:\n    f()\nexcept KeyError:\n    pass"),
     ("config_is_frozen", "neva/job.py", "@dataclass(frozen=True, kw_only=True)\nclass AConfig: ..."),
