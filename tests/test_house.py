@@ -182,6 +182,16 @@ def keeps_annotations_real(file: File) -> Iterator[str]:
         yield "`from __future__ import annotations` turns shapes into text that nobody checks"
 
 
+def trusts_no_remote_code(file: File) -> Iterator[str]:
+    """transformers runs Python files of a model's folder unless each of these calls forbids it."""
+    for node in ast.walk(file.tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        forbidden = any(ast.unparse(keyword) == "trust_remote_code=False" for keyword in node.keywords)
+        if node.func.attr in ("from_pretrained", "from_config", "pipeline") and not forbidden:
+            yield f"line {node.lineno}: {node.func.attr} without trust_remote_code=False"
+
+
 def config_is_frozen(file: File) -> Iterator[str]:
     for node in ast.walk(file.tree):
         if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
@@ -218,6 +228,7 @@ RULES: tuple[Callable[[File], Iterator[str]], ...] = (
     is_finished,
     swallows_no_error,
     keeps_annotations_real,
+    trusts_no_remote_code,
     config_is_frozen,
 )
 TEST_RULES: tuple[Callable[[File], Iterator[str]], ...] = (asserts_something, skips_nothing)
@@ -279,6 +290,8 @@ BAD = (
     ("swallows_no_error", "neva/models/vit.py", "try:\n    f()\nexcept Exception:\n    pass"),
     ("swallows_no_error", "neva/models/vit.py", "for x in y:\n    try:\n        f()\n    except:\n        continue"),
     ("keeps_annotations_real", "neva/models/vit.py", "from __future__ import annotations\nfrom jaxtyping import Float"),
+    ("trusts_no_remote_code", "neva/models/vit.py", "AutoModel.from_pretrained(folder)"),
+    ("trusts_no_remote_code", "neva/models/vit.py", "getattr(t, k).from_config(c, trust_remote_code=None)"),
     ("config_is_frozen", "neva/job.py", "@dataclass(frozen=True)\nclass AConfig: ..."),
     ("asserts_something", "tests/unit/test_x.py", "def test_x():\n    f()"),
     ("skips_nothing", "tests/unit/test_x.py", "import pytest\n@pytest" + ".mark.skip(reason='x')\ndef test_x():\n    assert f()"),
@@ -294,6 +307,7 @@ GOOD = (
     ("is_short", "neva/models/presets.py", "x = 1\n" * 651),
     ("takes_few_arguments", "neva/models/vit.py", "class A:\n    def f(self, a, b, c, d, e, f, g, h): ..."),
     ("swallows_no_error", "neva/models/vit.py", "try:\n    f()\nexcept KeyError:\n    pass"),
+    ("trusts_no_remote_code", "neva/models/vit.py", "A.from_config(c, trust_remote_code=False)"),
     ("config_is_frozen", "neva/job.py", "@dataclass(frozen=True, kw_only=True)\nclass AConfig: ..."),
 )
 

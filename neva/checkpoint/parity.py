@@ -170,7 +170,13 @@ def _theirs(kind: str, folder: Path, cast: torch.dtype | None) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return getattr(transformers, kind).from_pretrained(folder, dtype=cast or torch.float32, attn_implementation="sdpa").float().eval()
+            model = getattr(transformers, kind).from_pretrained(
+                folder,
+                dtype=cast or torch.float32,
+                attn_implementation="sdpa",
+                trust_remote_code=False,
+            )
+            return model.float().eval()
     finally:
         noisy.set_verbosity(level)
         if bar:

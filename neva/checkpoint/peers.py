@@ -41,7 +41,12 @@ def in_memory(shards: Shards, described: Mapping[str, Any], prefix: str = "") ->
         save_file(state, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, info = transformers.AutoModel.from_pretrained(scratch, output_loading_info=True, dtype=shards.dtype)
+            model, info = transformers.AutoModel.from_pretrained(
+                scratch,
+                output_loading_info=True,
+                dtype=shards.dtype,
+                trust_remote_code=False,
+            )
     if wrong := [f"{name!r} is missing" for name in info["missing_keys"]] + [f"{name!r} is unexpected" for name in info["unexpected_keys"]]:
         raise CheckpointError(f"{shards.entries[own[0]].file if own else 'the folder'}: {few(sorted(wrong), '; ')}.")
     held = {prefix + name: tensor for name, tensor in model.state_dict().items()}

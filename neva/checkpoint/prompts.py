@@ -42,9 +42,15 @@ def compare_prompts(folder: Path, encoder: Encoder, vision: VisionConfig | None)
     images = encoder.layout.images
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs: Any = (transformers.AutoProcessor if images else transformers.AutoTokenizer).from_pretrained(folder)
-        if not images and theirs(TEXTS[1]).input_ids != (plain := transformers.PreTrainedTokenizerFast.from_pretrained(folder))(TEXTS[1]).input_ids:
-            theirs = plain  # see REBUILT
+        kind = transformers.AutoProcessor if images else transformers.AutoTokenizer
+        theirs: Any = kind.from_pretrained(folder, trust_remote_code=False)
+        if not images:
+            plain = transformers.PreTrainedTokenizerFast.from_pretrained(
+                folder,
+                trust_remote_code=False,
+            )
+            if theirs(TEXTS[1]).input_ids != plain(TEXTS[1]).input_ids:
+                theirs = plain  # see REBUILT
     equal, apart, caption = 0, 0.0, find_template(encoder.template, encoder.tokenizer).caption
     for name, talk in TALKS.items():
         pictures = tuple(_picture(number) for number in range(sum(count for count, _, _ in talk)))
@@ -79,7 +85,7 @@ def compare_texts(folder: Path, tokenizer: Tokenizer) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            theirs = transformers.AutoTokenizer.from_pretrained(folder)
+            theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # code beside the weights, or a library that is not installed
             return f"Tokenizer: NOT COMPARED, transformers cannot read it ({str(error).splitlines()[0][:100]})"
     for text in TEXTS:

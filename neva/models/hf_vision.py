@@ -56,7 +56,7 @@ def make(config: dict[str, Any]) -> nn.Module:
         described = AutoConfig.for_model(config["model_type"], **fields)
         with no_init_weights(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return AutoModel.from_config(described, attn_implementation="sdpa")
+            return AutoModel.from_config(described, attn_implementation="sdpa", trust_remote_code=False)
     except (KeyError, ValueError) as error:
         raise ValueError(f"vision.hf_config: transformers builds no vision model of it ({error}).") from None
 
