@@ -17,7 +17,7 @@ from neva.batch import ImageLayout
 from neva.checkpoint import hf as folders
 from neva.checkpoint import index, store
 from neva.checkpoint.shards import read_json
-from neva.checkpoint.tokens import Tokens, prepare_tokens
+from neva.checkpoint.tokens import Tokens, imported_ends, prepare_tokens
 from neva.data.encode import Encoder
 from neva.data.sample import MARKER
 from neva.data.tokenizer import load_tokenizer
@@ -278,7 +278,13 @@ def _text(folder: Path, described: Mapping[str, Any], model: VLMConfig, origin: 
         raise ValueError(f"{folder} holds no tokenizer, which a LLaVA of transformers needs for <image>: import it with one beside its weights")
     layout = model.layout if images else ImageLayout(tile=1, tokens_per_tile=1, images=False)
     encoder = Encoder(tokenizer=load_tokenizer(where), template=described["template"], system=described["system"], layout=layout)
-    return prepare_tokens(encoder, origin=origin.folder, length=model.decoder.reach), encoder
+    tokens = prepare_tokens(
+        encoder,
+        origin=origin.folder,
+        length=model.decoder.reach,
+        ends=imported_ends(folder),
+    )
+    return tokens, encoder
 
 
 def _processor_files(vision: VisionConfig, image: ImageConfig, origin: Origin, *, vlm: bool) -> dict[str, bytes]:

@@ -1,12 +1,14 @@
 """The files beside exported weights that text goes through: tokenizer with `<image>`, chat template, generation settings."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from neva.checkpoint.shards import read_json
 from neva.data.encode import Encoder
 from neva.data.sample import MARKER
 from neva.data.template import starts
@@ -33,9 +35,39 @@ class Tokens:
     """One more than the largest id."""
 
 
-def prepare_tokens(encoder: Encoder, *, origin: Path | None, length: int) -> Tokens:
+def imported_ends(checkpoint: Path) -> list[int]:
+    """The ids at which the folder that was imported ends its answers, for transformers as for us.
+
+    generation_config.json lists them; where there is none, config.json or the config of its text model does.
+    """
+    for kind in ("vlm", "decoder"):
+        folder = checkpoint / "source" / kind
+        if (folder / "generation_config.json").is_file():
+            return _ids(read_json(folder / "generation_config.json").get("eos_token_id"))
+        if (folder / "config.json").is_file():
+            whole = read_json(folder / "config.json")
+            parts = (whole, whole.get("text_config"), whole.get("llm_config"))
+            listed = (_ids(part.get("eos_token_id")) for part in parts if isinstance(part, dict))
+            return next((ids for ids in listed if ids), [])
+    return []
+
+
+def _ids(value: Any) -> list[int]:
+    """One id or several, as configs spell them."""
+    values = value if isinstance(value, list) else [value]
+    return [id for id in values if type(id) is int]
+
+
+def prepare_tokens(
+    encoder: Encoder,
+    *,
+    origin: Path | None,
+    length: int,
+    ends: Sequence[int] = (),
+) -> Tokens:
     """Tokenizer files in which `<image>` is a token if the model sees images; those of the source in `origin` where it has them.
 
+    `ends`: ids that end an answer besides the tokenizer's and the template's.
     ValueError for a tokenizer that transformers has no form for.
     """
     tokenizer, images = encoder.tokenizer, encoder.layout.images
@@ -56,15 +88,19 @@ def prepare_tokens(encoder: Encoder, *, origin: Path | None, length: int) -> Tok
     if images and model.token_to_id(MARKER) is None:
         _add(model, [MARKER, *([PAD] if not config.get("pad_token") and model.token_to_id(PAD) is None else [])])
         config["pad_token"] = config.get("pad_token") or PAD
+    # A batch of prompts is filled up in front: behind a prompt of unlike length its answer would begin wrongly.
+    config["padding_side"] = "left"
+    if not config.get("pad_token"):
+        config["pad_token"] = model.id_to_token(tokenizer.pad)
     _start(model, tokenizer)
     if model.to_str() != before:
         files["tokenizer.json"] = model.to_str(pretty=True).encode()
-    pad = config.get("pad_token")
-    pad_id = model.token_to_id(pad["content"] if isinstance(pad, dict) else pad) if pad else None
+    pad = config["pad_token"]
+    pad_id = model.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
     size = max(model.get_vocab(with_added_tokens=True).values()) + 1
     files |= _chat(encoder, config)
     files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
-    files |= _generation(encoder, pad_id, origin)
+    files |= _generation(encoder, pad_id, origin, ends)
     image = model.token_to_id(MARKER) if images else None
     return Tokens(files=files, image_token=-1 if image is None else image, pad_token=pad_id, size=size)
 
@@ -143,16 +179,21 @@ def _flattened(system: str, around: tuple[str, str], *, caption: bool) -> str:
     return "\n".join(lines)
 
 
-def _generation(encoder: Encoder, pad: int | None, origin: Path | None) -> dict[str, bytes]:
+def _generation(
+    encoder: Encoder,
+    pad: int | None,
+    origin: Path | None,
+    ends: Sequence[int],
+) -> dict[str, bytes]:
     """generation_config.json: the source's if there is one, and that it stops where `neva generate` stops, as far as a stop is a token."""
     file = origin / "generation_config.json" if origin is not None else None
-    written: dict[str, Any] = json.loads(file.read_text()) if file is not None and file.is_file() else {}
-    given = written.get("eos_token_id")
-    known = given if isinstance(given, list) else [] if given is None else [given]
-    ends = list(dict.fromkeys([*known, encoder.tokenizer.eos, *sorted(encoder.stop_ids)]))
-    if file is not None and written and ends == known:
-        return {"generation_config.json": file.read_bytes()}
-    written["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    given = file.read_bytes() if file is not None and file.is_file() else b""
+    written: dict[str, Any] = json.loads(given or b"{}")
+    known = _ids(written.get("eos_token_id"))
+    listed = list(dict.fromkeys([*known, *ends, encoder.tokenizer.eos, *sorted(encoder.stop_ids)]))
+    if written and listed == known:
+        return {"generation_config.json": given}
+    written["eos_token_id"] = listed if len(listed) > 1 else listed[0]
     if encoder.tokenizer.start is not None:
         written.setdefault("bos_token_id", encoder.tokenizer.start)
     if pad is not None:

@@ -45,6 +45,11 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens and negative ids (image features) give nothing."""
 
+    def special(self, text: str) -> int | None:
+        """The id of a text that is one special token, which `decode` never shows; None if not."""
+        ids = self.encode(text, first=False)
+        return ids[0] if len(ids) == 1 and not self.decode(ids) else None
+
     @property
     @abstractmethod
     def bos(self) -> int | None:

@@ -3,7 +3,6 @@
 Shapes: r requests, m slots of a cache row, v vocabulary.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from neva import config as tree
 from neva.batch import Batch
 from neva.checkpoint import store
+from neva.checkpoint.tokens import imported_ends
 from neva.data.encode import Encoder
 from neva.data.pack import Budget, collate, next_runs, run_sizes
 from neva.data.sample import Encoded, Sample
@@ -35,7 +35,7 @@ class Sampling:
     top_k: int = 0
     """Keep this many of the likeliest tokens; 0 keeps all."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer, left out of it; besides the template's own."""
+    """Texts or special tokens that end an answer, left out of it; besides the template's own."""
     seed: int = 0
     """Seed of the sampling; each request draws from a stream of its own, whatever stands beside it in the batch."""
 
@@ -93,17 +93,14 @@ def load(path: str | Path, *, device: str | None = None, precision: str = "auto"
     lay_out_for_decoding(model)
     tokenizer = load_tokenizer(store.tokenizer_folder(checkpoint.folder))
     encoder = Encoder(tokenizer=tokenizer, template=checkpoint.config["template"], system=checkpoint.config["system"], layout=config.layout)
-    return Loaded(model=model, encoder=encoder, device=where, folder=checkpoint.folder, stop_ids=_imported_stops(checkpoint.folder))
-
-
-def _imported_stops(folder: Path) -> frozenset[int]:
-    """The end tokens that the generation_config.json of the imported folder lists."""
-    for kind in ("vlm", "decoder"):
-        file = folder / "source" / kind / "generation_config.json"
-        if file.is_file():
-            ids = json.loads(file.read_text()).get("eos_token_id")
-            return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
-    return frozenset()
+    ends = frozenset(imported_ends(checkpoint.folder))
+    return Loaded(
+        model=model,
+        encoder=encoder,
+        device=where,
+        folder=checkpoint.folder,
+        stop_ids=ends,
+    )
 
 
 def lay_out_for_decoding(model: VLM) -> None:
@@ -195,7 +192,8 @@ class _Request:
     def __init__(self, loaded: Loaded, sampling: Sampling, number: int, room: int):
         self.tokenizer, self.sampling = loaded.encoder.tokenizer, sampling
         self.stops = (*sampling.stop, *loaded.encoder.stops)
-        self.ends = loaded.encoder.stop_ids | loaded.stop_ids
+        asked = {self.tokenizer.special(stop) for stop in sampling.stop} - {None}
+        self.ends = loaded.encoder.stop_ids | loaded.stop_ids | asked
         self.room = min(room, sampling.max_new_tokens)
         self.generator = torch.Generator().manual_seed(sampling.seed + number)
         self.tokens: list[int] = []

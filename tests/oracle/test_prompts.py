@@ -181,6 +181,135 @@ def test_end_tokens_of_the_source_and_of_the_template(tmp_path):
     assert written["eos_token_id"] == [1, 5, *loaded.encoder.tokenizer.encode("<|im_end|>")] and written["top_p"] == 0.9
 
 
+@pytest.mark.parametrize("place", ["top", "text_config"])
+def test_end_tokens_of_config_json(place, tmp_path):
+    """config.json's list counts where there is no generation_config.json, as for transformers."""
+    if place == "top":
+        text_model(tmp_path / "hf")
+    else:
+        whole(tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config.pop("eos_token_id", None)
+    (config if place == "top" else config["text_config"])["eos_token_id"] = [1, 7]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva", options=Options(template="v1"))
+    loaded = load(tmp_path / "neva")
+    assert loaded.stop_ids == {1, 7}
+    assert set(model_ends(tmp_path / "hf")) == {1, 7}
+    api.export_checkpoint(tmp_path / "neva", tmp_path / "out")
+    assert set(model_ends(tmp_path / "out")) == {1, 7}
+
+
+def model_ends(folder: Path) -> list[int]:
+    """The ids at which transformers stops: what its model of the folder is loaded with."""
+    config = tf.AutoConfig.from_pretrained(folder)
+    kinds = {"llava": tf.LlavaForConditionalGeneration, "llama": tf.LlamaForCausalLM}
+    ends = kinds[config.model_type].from_pretrained(folder).generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
+
+
+@pytest.mark.parametrize("parts", ["decoder", "composed"])
+def test_end_tokens_of_an_imported_decoder_reach_the_export(parts, tmp_path):
+    text_model(tmp_path / "hf")
+    build(clip(), tmp_path / "clip")
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 9]}))
+    sources = [tmp_path / "hf", *([tmp_path / "clip"] if parts == "composed" else [])]
+    api.import_checkpoint(sources, tmp_path / "neva", options=Options(template="v1"))
+    api.export_checkpoint(tmp_path / "neva", tmp_path / "out")
+    assert set(model_ends(tmp_path / "out")) == load(tmp_path / "neva").stop_ids == {1, 9}
+
+
+def saying(loaded: Loaded, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model say these ids, whatever it is asked."""
+    left = list(ids)
+
+    def forward(batch: Any, **_: Any) -> Output:
+        logits = torch.zeros(1, loaded.model.config.decoder.vocab)
+        logits[0, left.pop(0)] = 1
+        return Output(logits=logits)
+
+    monkeypatch.setattr(loaded.model, "forward", forward)
+
+
+@pytest.mark.parametrize(
+    ("stop", "said", "text"),
+    [
+        ("<|im_end|>", ["cat", "<|im_end|>", "dog"], "cat"),
+        ("<|eot_id|>", ["a", "dog", "<|eot_id|>", "b"], "adog"),
+        ("<|im_end|>", ["cat", "<|eot_id|>", "dog", "<|im_end|>"], "catdog"),
+        ("dog", ["cat", "dog", "<|im_end|>"], "cat"),
+    ],
+)
+def test_a_stop_of_the_callers(stop, said, text, tmp_path, monkeypatch):
+    """A special token that the template does not end with stops too, though it decodes to nothing."""
+    text_model(tmp_path / "hf", ends=("<|im_end|>", "<|eot_id|>"))
+    api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva", options=Options(template="v1"))
+    loaded = load(tmp_path / "neva")
+    spelled = [loaded.encoder.tokenizer.encode(word, first=False) for word in said]
+    saying(loaded, [id for ids in spelled for id in ids] + [5] * 20, monkeypatch)
+    turn = Turn(role="user", text="Hi")
+    sample = Sample(source="t", id="0", turns=(turn,), images=())
+    prompt = loaded.encoder.encode(sample, labels=False)
+    (answer,) = generate_encoded(loaded, [prompt], Sampling(stop=(stop,)))
+    assert (answer.text, answer.finish) == (text, "stop")
+
+
+QUESTIONS = ("Hi", "What is the colour of the large square, and why?", "a b c d e f")
+
+
+def transformers_answers(folder: Path, images: int, *, batch: int) -> list[str]:
+    """Greedy answers of transformers to QUESTIONS from a folder, so many in a batch."""
+    if images:
+        asker: Any = tf.AutoProcessor.from_pretrained(folder)
+        model: Any = tf.LlavaForConditionalGeneration.from_pretrained(folder)
+    else:
+        asker = tf.AutoTokenizer.from_pretrained(folder)
+        model = tf.AutoModelForCausalLM.from_pretrained(folder)
+    talks = []
+    for number, text in enumerate(QUESTIONS):
+        shown = [{"type": "image", "image": picture(number)}] * images
+        content = [*shown, {"type": "text", "text": text}] if images else text
+        talks.append([{"role": "user", "content": content}])
+    answers = []
+    for at in range(0, len(talks), batch):
+        given = asker.apply_chat_template(
+            talks[at : at + batch],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        )
+        whole = model.generate(**given, max_new_tokens=12, do_sample=False)
+        answers += asker.batch_decode(whole[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_batch_of_unlike_prompts_by_transformers(images, tmp_path):
+    """The export fills up in front, also where the source said otherwise: each answer is the one to the prompt alone, and ours."""
+    if images:
+        whole(tmp_path / "hf")
+    else:
+        text_model(tmp_path / "hf")
+    file = tmp_path / "hf" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": "right"}))
+    api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva", options=Options(template="v1"))
+    api.export_checkpoint(tmp_path / "neva", tmp_path / "out")
+    loaded = load(tmp_path / "neva")
+    samples = []
+    for number, text in enumerate(QUESTIONS):
+        turn = Turn(role="user", text="<image>\n" * images + text)
+        shown = tuple([picture(number)] * images)
+        samples.append(Sample(source="t", id=str(number), turns=(turn,), images=shown))
+    ours = [answer.text for answer in generate(loaded, samples, Sampling(max_new_tokens=12))]
+    alone = transformers_answers(tmp_path / "out", images, batch=1)
+    together = transformers_answers(tmp_path / "out", images, batch=3)
+    assert ours == alone == together
+    assert len(set(ours)) == 3
+
+
 @pytest.mark.parametrize("fault", ["processor_config.json", "preprocessor_config.json"])
 def test_processor_files_are_written_where_the_source_lacks_one(fault, tmp_path):
     whole(tmp_path / "hf")
