@@ -95,7 +95,7 @@ def prepare_tokens(
     _start(model, tokenizer)
     if model.to_str() != before:
         files["tokenizer.json"] = model.to_str(pretty=True).encode()
-    pad = config["pad_token"]
+    pad: Any = config["pad_token"]
     pad_id = model.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
     size = max(model.get_vocab(with_added_tokens=True).values()) + 1
     files |= _chat(encoder, config)
