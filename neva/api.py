@@ -14,6 +14,7 @@ import neva
 from neva import config as tree
 from neva import plan, recipes
 from neva.batch import ImageLayout
+from neva.checkpoint import store
 from neva.checkpoint.convert import import_model, lacks_encoder
 from neva.checkpoint.export import export
 from neva.checkpoint.foreign import is_foreign
@@ -28,7 +29,7 @@ from neva.data.source import LlavaSource
 from neva.data.tiling import tiling
 from neva.evaluate import report
 from neva.evaluate import run as evaluation
-from neva.infer.generate import Loaded, Sampling, load
+from neva.infer.generate import Loaded, Sampling, load, untrusted
 from neva.infer.generate import generate as generate_batch
 from neva.job import NAMED, InitConfig, TrainConfig
 from neva.parallel import mesh as ranks
@@ -55,16 +56,28 @@ __all__ = [
 ]
 
 
-def recipe(name: str, overrides: Sequence[str] = (), *, say: Callable[[str], None] | None = None) -> tuple[TrainConfig, ...]:
+def recipe(
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    say: Callable[[str], None] | None = None,
+    trust_code: bool = False,
+) -> tuple[TrainConfig, ...]:
     """The stages of a recipe (NAME, NAME/STAGE or a saved FILE.yaml) with overrides such as `optim.lr=1e-4` applied.
 
     `say` gets a line for each stage in which a checkpoint named by `init` puts its own model in the recipe's place.
+    ValueError for a function to run (`image.process`) that neither the recipe nor an override
+    names but such a checkpoint, unless `trust_code`.
     """
     stages = tree.override(recipes.get(name), overrides, named=NAMED)
     if name.endswith((".yaml", ".yml")) or all(stage.init == InitConfig() for stage in stages):
         return stages
     filled = tree.override(inits.fill(stages, _readable), overrides, named=NAMED)  # what was asked for comes before what init brings
     for asked, stage in zip(stages, filled, strict=True):
+        image = stage.model.image
+        if image.process not in ("", asked.model.image.process) and not trust_code:
+            brought = f"stage {stage.name}: its init {untrusted(image)}"
+            raise ValueError(f"{brought}, or leave it out with model.image.process=")
         if say is not None and (line := inits.replaced(asked, stage)):
             say(line)
     return filled
@@ -76,7 +89,7 @@ def import_checkpoint(
     *,
     options: Options | None = None,
     parity: bool = True,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = tree.tell,
 ) -> Path:
     """Make a neva checkpoint of a Hugging Face folder (or hf:org/name), or of a decoder's and an encoder's; gives its path.
 
@@ -167,7 +180,7 @@ def _readable(init: InitConfig) -> dict[str, tuple[Path, ...]]:
 
 
 def export_checkpoint(
-    checkpoint: str | Path, out: str | Path, *, options: ExportOptions | None = None, parity: bool = True, say: Callable[[str], None] = print
+    checkpoint: str | Path, out: str | Path, *, options: ExportOptions | None = None, parity: bool = True, say: Callable[[str], None] = tree.tell
 ) -> Path:
     """Write a checkpoint as a folder that transformers and vLLM load; gives its path. ValueError naming what that format cannot hold."""
     return export(Path(checkpoint), Path(out), options or ExportOptions(), check=parity, say=say)
@@ -189,20 +202,29 @@ def tiles(image: str, *, layout: ImageLayout, picture: str | Path | None = None)
     return {"columns": found.columns, "rows": found.rows, "tiles": found.tiles}
 
 
-def show(name: str, overrides: Sequence[str] = ()) -> str:
-    """The resolved config as YAML; `neva train FILE.yaml` runs it."""
-    return tree.dumps(resolve(recipe(name, overrides)))
+def show(name: str, overrides: Sequence[str] = (), *, trust_code: bool = False) -> str:
+    """The resolved config as YAML; `neva train FILE.yaml` runs it, so `trust_code` is as there."""
+    return tree.dumps(resolve(recipe(name, overrides, trust_code=trust_code)))
 
 
 def train(
-    stages: str | tuple[TrainConfig, ...], overrides: Sequence[str] = (), *, resume: str | None = None, say: Callable[[str], None] = print
+    stages: str | tuple[TrainConfig, ...],
+    overrides: Sequence[str] = (),
+    *,
+    resume: str | None = None,
+    trust_code: bool = False,
+    say: Callable[[str], None] = tree.tell,
 ) -> Path:
     """Train a recipe by name, or stages, and give the last checkpoint.
 
     `resume` is "auto" (go on from the run folder's newest checkpoint if there is one) or a checkpoint's path.
+    `trust_code` lets a function run (`image.process`) that a checkpoint named by `init` brings.
     Raises ValueError for what the user can mend, `Stopped` after a signal.
     """
-    chosen = recipe(stages, overrides, say=say) if isinstance(stages, str) else tree.override(stages, overrides, named=NAMED)
+    if isinstance(stages, str):
+        chosen = recipe(stages, overrides, say=say, trust_code=trust_code)
+    else:
+        chosen = tree.override(stages, overrides, named=NAMED)
     resolved = resolve(chosen)
     say_mock(resolved, say)
     make_data(resolved, say)
@@ -212,9 +234,16 @@ def train(
     return loop.train(resolved, resume=resume or "", on_evaluate=_score, say=say)
 
 
-def dry_run(name: str, overrides: Sequence[str] = (), *, ranks: int = 1, say: Callable[[str], None] = print) -> None:
+def dry_run(
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    ranks: int = 1,
+    trust_code: bool = False,
+    say: Callable[[str], None] = tree.tell,
+) -> None:
     """All that `train` does before its first step, without weights: files, sizes, data, the trainable set; says the memory of each stage."""
-    resolved = resolve(recipe(name, overrides, say=say))
+    resolved = resolve(recipe(name, overrides, say=say, trust_code=trust_code))
     say_mock(resolved, say)
     make_data(resolved, say)
     for stage in resolved:
@@ -243,14 +272,16 @@ def generate(
     data: str | Path | None = None,
     image_folder: str | Path = "",
     batch_size: int = 16,
+    trust_code: bool = False,
     **sampling: object,
 ) -> Iterator[dict]:
     """Answer one prompt about images, or every sample's last question of a LLaVA-format file, in batches.
 
     Images stand where the prompt says `<image>`, else before it. `sampling` is fields of `Sampling`.
+    `trust_code` lets a function run that the checkpoint names in `image.process`.
     Gives dicts {"id", "text", "finish", "tokens" (generated)}, for a file also "truth" where it holds one.
     """
-    loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint)
+    loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, trust_code=trust_code)
     chosen = Sampling(**_sampling(sampling))
     if data is not None:
         source = LlavaSource(data, image_folder)
@@ -274,13 +305,20 @@ def _sampling(options: dict) -> dict:
 
 
 def evaluate(
-    checkpoint: str | Path | Loaded, *, data: str | Path, image_folder: str | Path = "", batch_size: int = 32, max_new_tokens: int = 32
+    checkpoint: str | Path | Loaded,
+    *,
+    data: str | Path,
+    image_folder: str | Path = "",
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    trust_code: bool = False,
 ) -> dict:
     """Exact-match accuracy on a LLaVA-format file: {"accuracy": {kind: share}, "n": number of questions}.
 
     Every answer in the file is a question: the turns before it, as they stand, are its prompt.
+    `trust_code` lets a function run that the checkpoint names in `image.process`.
     """
-    loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint)
+    loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, trust_code=trust_code)
     sampling = Sampling(max_new_tokens=max_new_tokens)
     judged = evaluation.evaluate(loaded, LlavaSource(data, image_folder), sampling=sampling, batch_size=batch_size)
     return {"accuracy": evaluation.accuracy(judged), "n": len(judged)}
@@ -289,18 +327,25 @@ def evaluate(
 def _score(config: TrainConfig, checkpoint: Path) -> dict[str, float]:
     """The loop's evaluation: accuracy per kind on the stage's held-out file. Each rank asks its share of the questions."""
     source = LlavaSource(config.evaluate.source, config.evaluate.image_folder)
-    judged = evaluation.evaluate(load(checkpoint), source, rank=ranks.rank(), world=ranks.world())
+    loaded = _load_own(config, checkpoint)
+    judged = evaluation.evaluate(loaded, source, rank=ranks.rank(), world=ranks.world())
     return evaluation.accuracy([j for part in ranks.share(judged) for j in part])
 
 
-def demo(overrides: Sequence[str] = (), *, say: Callable[[str], None] = print) -> dict:
+def _load_own(config: TrainConfig, checkpoint: Path) -> Loaded:
+    """A checkpoint of a stage. What the stage ran on images, it may run; nothing else."""
+    image = store.load_config(checkpoint)["model"]["image"]
+    return load(checkpoint, trust_code=image["process"] == config.model.image.process)
+
+
+def demo(overrides: Sequence[str] = (), *, say: Callable[[str], None] = tree.tell) -> dict:
     """Train the demo recipe, or go on with it, and write report.json and report.html into its `out`; gives the report."""
     started = time.monotonic()
     stages = resolve(recipe("demo", overrides))
     run = Path(stages[0].out)
     before = sum(line["seconds"] for line in report.metrics(run)) if (run / "metrics.jsonl").exists() else 0.0
     last = train(stages, resume="auto", say=say)
-    loaded = load(last)
+    loaded = _load_own(stages[-1], last)
     held_out = LlavaSource(run / "data" / "heldout.json", run / "data" / "images")
     say(f"Asking {len(held_out):,} questions about held-out images, then with the images blanked")
     sampling = Sampling(max_new_tokens=8)

@@ -20,13 +20,13 @@ class _Neva(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            _echo("interrupted", err=True)
             ctx.exit(130)
         except Exception as error:
             message, code = _plain(error)
             if message is None or ctx.params.get("traceback"):
                 raise
-            click.echo(message, err=True)
+            _echo(message, err=True)
             ctx.exit(code)
 
 
@@ -42,6 +42,21 @@ def _plain(error: Exception) -> tuple[str | None, int]:
             return None, 1  # the reader of our output is gone; click leaves quietly
         return f"error: {error.filename}: {error.strerror}" if error.filename and error.strerror else f"error: {error}", 1
     return (f"error: {error}", 1) if isinstance(error, ValueError) else (None, 1)
+
+
+TRUST = click.option(
+    "--trust-code",
+    is_flag=True,
+    default=None,
+    help="Run the function that the checkpoint names in image.process, if it names one.",
+)
+
+
+def _echo(text: object, *, err: bool = False) -> None:
+    """Print what may hold names and texts of strangers' files."""
+    from neva.config import shown  # which imports YAML
+
+    click.echo(shown(str(text)), err=err)
 
 
 @click.group(cls=_Neva, context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,22 +76,32 @@ def main(traceback: bool) -> None:
 @click.option("--resume", metavar="auto|PATH", help="Go on from the newest checkpoint of the run's folder, or from PATH.")
 @click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Processes to start on this machine.")
 @click.option("--dry-run", is_flag=True, help="Check all that can be checked without weights, say the memory per rank, and stop.")
+@TRUST
 @click.pass_context
-def train(ctx: click.Context, recipe: str, overrides: tuple[str, ...], resume: str | None, nproc: int | None, dry_run: bool) -> None:
+def train(
+    ctx: click.Context,
+    recipe: str,
+    overrides: tuple[str, ...],
+    resume: str | None,
+    nproc: int | None,
+    dry_run: bool,
+    **trust: Any,
+) -> None:
     """Train RECIPE: a name that `neva recipes` lists, NAME/STAGE, or a saved config.yaml."""
     from neva import api
 
     if dry_run:
-        api.dry_run(recipe, overrides, ranks=nproc or 1)
+        api.dry_run(recipe, overrides, ranks=nproc or 1, **_given(trust))
         return
     if nproc is not None:
         from neva import launch
 
-        api.recipe(recipe, overrides)  # a wrong key is said once, before any rank starts
+        api.recipe(recipe, overrides, **_given(trust))  # a wrong key is said once, before any rank starts
         flags = ["--traceback"] if ctx.find_root().params["traceback"] else []
         options = ["--resume", resume] if resume else []
+        options += ["--trust-code"] if _given(trust) else []
         ctx.exit(launch.local([*flags, "train", *options, "--", recipe, *overrides], nproc))
-    api.train(recipe, overrides, resume=resume)
+    api.train(recipe, overrides, resume=resume, **_given(trust))
 
 
 @main.command()
@@ -91,11 +116,12 @@ def demo(overrides: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
-def show(recipe: str, overrides: tuple[str, ...]) -> None:
+@TRUST
+def show(recipe: str, overrides: tuple[str, ...], **trust: Any) -> None:
     """Print the resolved config of RECIPE as YAML; `neva train` takes it back as a file."""
     from neva import api
 
-    click.echo(api.show(recipe, overrides).rstrip("\n"))
+    _echo(api.show(recipe, overrides, **_given(trust)).rstrip("\n"))
 
 
 @main.command()
@@ -106,11 +132,11 @@ def recipes(as_json: bool) -> None:
 
     rows = listing()
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        _echo(json.dumps(rows, indent=2))
         return
     width = max(len(row["name"]) for row in rows)
     for row in rows:
-        click.echo(f"{row['name']:{width}}  {row['description']} [{' → '.join(row['stages'])}]")
+        _echo(f"{row['name']:{width}}  {row['description']} [{' → '.join(row['stages'])}]")
 
 
 @main.command()
@@ -126,6 +152,7 @@ def recipes(as_json: bool) -> None:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable.")
 @click.option("--seed", type=int, metavar="N", help="Seed of the sampling.")
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples answered at once.")
+@TRUST
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def generate(checkpoint: str, as_json: bool, **options: Any) -> None:
     """Answer a prompt, or the questions of a data file, with a checkpoint (a step_N folder or a run's folder)."""
@@ -139,9 +166,9 @@ def generate(checkpoint: str, as_json: bool, **options: Any) -> None:
 
     for row in api.generate(checkpoint, **_given(options)):
         if as_json:
-            click.echo(json.dumps(row, ensure_ascii=False))
+            _echo(json.dumps(row, ensure_ascii=False))
         else:
-            click.echo(row["text"] if options["prompt"] is not None else f"{row['id']}: {row['text']}")
+            _echo(row["text"] if options["prompt"] is not None else f"{row['id']}: {row['text']}")
 
 
 @main.command("eval")
@@ -150,6 +177,7 @@ def generate(checkpoint: str, as_json: bool, **options: Any) -> None:
 @click.option("--image-folder", type=click.Path(exists=True, file_okay=False), help="Folder of the data's images.")
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples answered at once.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Longest answer.")
+@TRUST
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def evaluate(checkpoint: str, as_json: bool, **options: Any) -> None:
     """Exact-match accuracy of a checkpoint on a data file, per kind of question."""
@@ -157,14 +185,17 @@ def evaluate(checkpoint: str, as_json: bool, **options: Any) -> None:
 
     result = api.evaluate(checkpoint, **_given(options))
     if as_json:
-        click.echo(json.dumps(result, ensure_ascii=False))
+        _echo(json.dumps(result, ensure_ascii=False))
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from neva.config import shown
 
     table = Table("kind", "accuracy", caption=f"{result['n']} questions")
     for kind, accuracy in result["accuracy"].items():
-        table.add_row(kind, f"{accuracy:.1%}")
+        table.add_row(Text(shown(kind)), f"{accuracy:.1%}")
     Console().print(table)
 
 
@@ -192,7 +223,7 @@ def import_(arguments: tuple[str, ...], out: str | None, decoder: str | None, vi
         raise click.UsageError("give one SRC, or --decoder and --vision to compose a model of (one of the two)")
     sources = [source for source in (*whole, decoder, vision) if source]
     chosen = Options(**_given(options), overrides=overrides)
-    click.echo(api.import_checkpoint(sources, out, options=chosen, parity=not no_parity))
+    _echo(api.import_checkpoint(sources, out, options=chosen, parity=not no_parity))
 
 
 @main.command()
@@ -204,11 +235,11 @@ def inspect(path: str, as_json: bool) -> None:
 
     found = api.inspect(path)
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        _echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     width = max(map(len, found))
     for key, value in found.items():
-        click.echo(f"{key:{width}}  {value}")
+        _echo(f"{key:{width}}  {value}")
 
 
 @main.command()
@@ -219,10 +250,10 @@ def templates(as_json: bool) -> None:
 
     if as_json:
         rows = [{"name": name, "system": t.system, "stops": list(t.stops), "jinja": t.jinja.strip()} for name, t in TEMPLATES.items()]
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        _echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     for name, template in TEMPLATES.items():
-        click.echo(f"{name:18}{template.system[:100]}")
+        _echo(f"{name:18}{template.system[:100]}")
 
 
 @main.command("convert-config")
@@ -235,9 +266,9 @@ def convert_config(path: str, out: str | None) -> None:
     text, lines = api.convert_config(path, out)
     words = {"to": "->", "none": "no meaning here:", "no": "NOT SUPPORTED:", "unresolved": "UNRESOLVED:", "unknown": "UNKNOWN:"}
     for line in lines:
-        click.echo(f"{line.key}={line.value} {words[line.kind]} {line.text}", err=out is None)
+        _echo(f"{line.key}={line.value} {words[line.kind]} {line.text}", err=out is None)
     if out is None:
-        click.echo(text.rstrip("\n"))
+        _echo(text.rstrip("\n"))
 
 
 @main.command()
@@ -254,7 +285,7 @@ def export(checkpoint: str, out: str, target: str, no_parity: bool, **options: A
     from neva import api
     from neva.checkpoint.target import ExportOptions
 
-    click.echo(api.export_checkpoint(checkpoint, out, options=ExportOptions(**_given(options)), parity=not no_parity))
+    _echo(api.export_checkpoint(checkpoint, out, options=ExportOptions(**_given(options)), parity=not no_parity))
 
 
 @main.group()
@@ -283,12 +314,12 @@ def tiles(image: str, max_tiles: int, min_tiles: int, tile: int, tags: Any, out:
     picture = out or (f"{Path(image).stem}.tiles.png" if Path(image).is_file() else None)
     found = api.tiles(image, layout=layout, picture=picture)
     if as_json:
-        click.echo(json.dumps(found))
+        _echo(json.dumps(found))
         return
     whole = " and one of the whole" if found["tiles"] > 1 else ""
-    click.echo(f"{found['columns']} x {found['rows']} tiles of {tile} x {tile} pixels{whole}: {found['tiles']} in all")
+    _echo(f"{found['columns']} x {found['rows']} tiles of {tile} x {tile} pixels{whole}: {found['tiles']} in all")
     if picture:
-        click.echo(picture)
+        _echo(picture)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

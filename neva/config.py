@@ -6,6 +6,7 @@ string), `name: 007` keeps its zeros and `system=A chat: be kind` needs no quote
 """
 
 import difflib
+import json
 import os
 import re
 import types
@@ -72,6 +73,28 @@ _Dumper.add_representer(str, _text)
 _Dumper.add_representer(list, _list)
 _Loader.add_constructor("tag:yaml.org,2002:str", _scalar)
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that command a terminal, turn the direction of text, or cannot be encoded."""
+
+
+def shown(text: str) -> str:
+    r"""Text that does nothing to a terminal: each character that would is spelled as in JSON, \u001b."""
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def tell(text: str) -> None:
+    """Print a line, which may hold names and texts of strangers' files."""
+    print(shown(text))
+
+
+def from_json(text: str | bytes) -> Any:
+    """The value of a stranger's JSON. ValueError where it is none, or nests so deep that it is an attack."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

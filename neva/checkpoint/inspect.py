@@ -86,7 +86,8 @@ def _images(model: VLMConfig) -> str:
     crossed = f"cross-attention of layers {', '.join(map(str, model.decoder.cross_layers))} reads "
     tokens = f"{layout.tokens_per_image} tokens"
     where = {"all": tokens, "thumbnail": f"{tokens}, {crossed}the other tiles", "none": f"{crossed}{layout.tokens_per_tile} features a tile"}
-    return ", ".join([f"{layout.aspect} to {layout.tile} x {layout.tile}", *grid, where[model.inline], layout.resample])
+    how = f"the function {image.process}" if image.process else layout.aspect
+    return ", ".join([f"{how} to {layout.tile} x {layout.tile}", *grid, where[model.inline], layout.resample])
 
 
 def _decoder(c: DecoderConfig) -> str:

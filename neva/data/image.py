@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from neva.batch import ImageLayout
@@ -24,6 +24,13 @@ from neva.data.tiling import best_pinpoint, fitted, tiling
 MAX_PIXELS = 89_000_000
 """Largest image that is decoded: a small file can claim a size that fills the memory (Pillow warns from about here)."""
 WHITE = (255, 255, 255)
+FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
+"""What is decoded, by Pillow's names: formats of pixels alone. Others, such as EPS, are programs that
+Pillow hands to another program to run."""
+STRIP = 64
+"""Rows of an image that are padded at a time."""
 RESAMPLE = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "lanczos", "nearest")}
 # The transposition that undoes each EXIF orientation; 1 is upright.
 UPRIGHT = {
@@ -76,7 +83,7 @@ def to_tiles(image: Image.Image, layout: ImageLayout, *, max_tiles: int = 0) -> 
     if layout.aspect in ("tiles", "anyres"):
         return _grid(image, layout, max_tiles)
     if layout.aspect == "pad":
-        image = _pad(image, layout.pad_colour)
+        return _padded(image, layout)[None].permute(0, 3, 1, 2)
     if layout.aspect == "crop":
         image = _crop(image, layout)
     return _resized(image, (layout.tile, layout.tile), layout)[None].permute(0, 3, 1, 2)
@@ -150,7 +157,8 @@ def _opened(picture: Picture) -> Iterator[Image.Image]:
             raise ValueError("the image is empty (0 bytes): download it again or leave the sample out")
         if isinstance(picture, Path) and picture.is_file() and picture.stat().st_size == 0:
             raise ValueError(f"the image {picture} is empty (0 bytes): download it again or leave the sample out")
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+        file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+        with Image.open(file, formats=_formats()) as image:
             _check_size(image)
             yield image
     except ValueError:
@@ -159,9 +167,21 @@ def _opened(picture: Picture) -> Iterator[Image.Image]:
         raise ValueError(f"the image {picture} is missing: check image_folder and the sample's image path") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{_called(picture)} is too large to decode ({error}): make it smaller or leave the sample out") from None
+    except UnidentifiedImageError:
+        known = ", ".join(_formats())
+        raise ValueError(
+            f"{_called(picture)} cannot be read: it is damaged, or of none of the formats {known}; replace it or leave the sample out"
+        ) from None
     except Exception as error:  # Pillow's decoders raise errors of a dozen types on damaged data
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{_called(picture)} cannot be read ({reason}): it is damaged or no image; replace it or leave the sample out") from None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _called(picture: Picture) -> str:
@@ -190,25 +210,41 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise ValueError("an image of floating-point pixels has no known range: save it with 8 or 16 bits per channel")
     if image.mode.startswith("I"):
         # 16-bit greys; Pillow's own conversion cuts off everything above 255. 65535 / 257 = 255.
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        grey += 128
+        grey //= 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image).convert("RGB")
     return image.convert("RGB")
 
 
-def _pad(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """LLaVA's expand2square: the image in the middle of a square of its long side."""
+def _padded(image: Image.Image, layout: ImageLayout) -> UInt8[Tensor, "p p 3"]:
+    """LLaVA's expand2square, the image in the middle of a square of its long side, and the resize.
+
+    Pillow resizes every row by itself before it resizes columns. So rows are padded and resized a few
+    at a time, which gives the same pixels, and the square, which may be many times as large as the
+    image, never lies in memory.
+    """
     width, height = image.size
-    side = max(width, height)
-    if width == height:
-        return image
-    if side * side > 4 * MAX_PIXELS:
+    side, short, tile = max(image.size), min(image.size), layout.tile
+    if side**2 > 4 * MAX_PIXELS or side > short * tile:
         raise ValueError(f"an image of {width} x {height} pixels is too elongated to pad to a square: make it smaller or cut it")
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+    left, top = (side - width) // 2, (side - height) // 2
+    if width == height:
+        return _resized(image, (tile, tile), layout)
+    if layout.resize == "fast":
+        square = Image.new("RGB", (side, side), layout.pad_colour)
+        square.paste(image, (left, top))
+        return _resized(square, (tile, tile), layout)
+    narrow = Image.new("RGB", (tile, side), layout.pad_colour)
+    for start in range(0, height, STRIP):
+        rows = min(STRIP, height - start)
+        padded = Image.new("RGB", (side, rows), layout.pad_colour)
+        padded.paste(image.crop((0, start, width, start + rows)), (left, 0))
+        narrow.paste(padded.resize((tile, rows), RESAMPLE[layout.resample]), (0, top + start))
+    return _resized(narrow, (tile, tile), layout)
 
 
 def _crop(image: Image.Image, layout: ImageLayout) -> Image.Image:

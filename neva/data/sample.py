@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from neva.batch import IMAGE
+from neva.config import shown
 
 MARKER = "<image>"
 """What stands in a turn's text where an image belongs."""
@@ -29,7 +30,8 @@ class SampleError(ValueError):
         self.source, self.id, self.message = source, id, message
 
     def __str__(self) -> str:
-        return f"sample '{self.id}' of '{self.source}': {self.message}"
+        id, source = (shown(name).replace("\n", "\\n") for name in (self.id, self.source))
+        return f"sample '{id}' of '{source}': {self.message}"
 
 
 @dataclass(frozen=True, kw_only=True)

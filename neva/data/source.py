@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from neva.config import from_json
 from neva.data.sample import MARKER, Sample, SampleError, Turn
 
 ROLES: dict[str, Literal["system", "user", "assistant"]] = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -83,7 +84,7 @@ class LlavaSource:
             file.seek(start)
             data = file.read(end - start)
         try:
-            row = json.loads(data)
+            row = from_json(data)
         except ValueError as error:  # includes text that is not UTF-8
             raise SampleError(self.name, str(index), f"{place} is not JSON ({error}): repair or remove it") from None
         if not isinstance(row, dict):
@@ -173,7 +174,7 @@ def _list_rows(data: bytes, path: Path) -> np.ndarray:
     try:
         position = _after_space(text, position + 1)
         while text[position : position + 1] != "]" or rows:  # at the top, a "]" behind rows means a comma before it: an error
-            _, end = decoder.raw_decode(text, position)
+            end = _end(decoder, text, position)
             byte += (position - seen) if ascii else len(text[seen:position].encode())
             size = (end - position) if ascii else len(text[position:end].encode())
             rows.append((byte, byte + size, 0))
@@ -189,6 +190,23 @@ def _list_rows(data: bytes, path: Path) -> np.ndarray:
     except json.JSONDecodeError as error:
         raise ValueError(f"the data file {path} is not JSON ({error}): repair it; a file with one object per line is called .jsonl") from None
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def _end(decoder: json.JSONDecoder, text: str, start: int) -> int:
+    """The place behind the value that begins at `start`."""
+    try:
+        return decoder.raw_decode(text, start)[1]
+    except RecursionError:  # it nests too deep: an error of that row, which is found when it is read
+        depth = 0
+        for found in _BRACKETS.finditer(text, start):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+            if not depth:
+                return found.end()
+        raise json.JSONDecodeError("Expecting an end of the value", text, start) from None
+
+
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
+"""Strings, in which brackets do not count, and brackets."""
 
 
 def _after_space(text: str, position: int) -> int:

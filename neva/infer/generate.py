@@ -20,7 +20,7 @@ from neva.data.pack import Budget, collate, next_runs, run_sizes
 from neva.data.sample import Encoded, Sample
 from neva.data.tokenizer import load_tokenizer
 from neva.models.attention import Cache
-from neva.models.vlm import VLM, VLMConfig
+from neva.models.vlm import VLM, ImageConfig, VLMConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +71,18 @@ class Loaded:
     """Ids that end an answer, besides the encoder's."""
 
 
-def load(path: str | Path, *, device: str | None = None, precision: str = "auto") -> Loaded:
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    precision: str = "auto",
+    trust_code: bool = False,
+) -> Loaded:
     """Load a checkpoint (a `step_N` folder or a run folder) for inference.
 
-    `precision` is fp32, bf16, or auto: bf16 on CUDA, fp32 on the CPU. Raises ValueError for a broken or missing checkpoint.
+    `precision` is fp32, bf16, or auto: bf16 on CUDA, fp32 on the CPU. `trust_code` lets the function
+    run that the checkpoint names in `image.process`. Raises ValueError for a broken or missing
+    checkpoint, and for one with such a function that is not trusted.
     """
     checkpoint = store.open_checkpoint(Path(path))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -86,6 +94,8 @@ def load(path: str | Path, *, device: str | None = None, precision: str = "auto"
     if not store.tokenizer_folder(checkpoint.folder).is_dir():
         raise ValueError(f"{checkpoint.folder} holds no tokenizer: import it again with the tokenizer's files beside the weights.")
     config = tree.from_dict(VLMConfig, checkpoint.config["model"])
+    if config.image.process and not trust_code:
+        raise ValueError(f"{checkpoint.folder} {untrusted(config.image)}")
     with torch.device("meta"):
         model = VLM(config)
     model = model.to(kinds[precision]).to_empty(device=where).eval().requires_grad_(False)
@@ -100,6 +110,14 @@ def load(path: str | Path, *, device: str | None = None, precision: str = "auto"
         device=where,
         folder=checkpoint.folder,
         stop_ids=ends,
+    )
+
+
+def untrusted(image: ImageConfig) -> str:
+    """What is wrong with settings of a checkpoint that name a function, and what to do."""
+    return (
+        f"names a function that would be run on images, image.process={image.process}: "
+        "if you trust whoever made it, give --trust-code (in Python trust_code=True)"
     )
 
 

@@ -1,7 +1,10 @@
 """Every image mode, every kind of damage, and tiles equal to transformers' CLIP processor bit for bit."""
 
 import io
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -190,7 +193,54 @@ def test_a_tile_is_a_copy_that_may_be_written() -> None:
     assert tiles.permute(0, 2, 3, 1).is_contiguous() and np.array_equal(np.asarray(image), noise(16, 16))
 
 
-@pytest.mark.parametrize(("aspect", "size"), [("pad", (20_000, 2)), ("crop", (3, 3_000_000))])
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear", "lanczos", "nearest"])
+@pytest.mark.parametrize("size", [(300, 131), (131, 300), (90, 2), (65, 64), (1, 40), (20, 11)])
+def test_padding_row_by_row_is_padding_the_square(size: tuple[int, int], resample: Any) -> None:
+    """Pixel by pixel what LLaVA's expand2square and Pillow's resize of the whole square give."""
+    image = Image.fromarray(noise(*size))
+    layout = ImageLayout(tile=47, tokens_per_tile=1, resample=resample)
+    square = Image.new("RGB", (max(size), max(size)), layout.pad_colour)
+    square.paste(image, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
+    wanted = np.asarray(square.resize((47, 47), getattr(Image.Resampling, resample.upper())))
+    assert np.array_equal(to_tiles(image, layout)[0].permute(1, 2, 0).numpy(), wanted)
+
+
+def test_padding_a_long_image_does_not_fill_the_memory() -> None:
+    """Its square would have 1.06 GB."""
+    code = """
+import resource
+from PIL import Image
+from neva.batch import ImageLayout
+from neva.data.image import to_tiles
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+to_tiles(Image.new("RGB", (18_800, 60)), ImageLayout(tile=336, tokens_per_tile=1))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    kib = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+    assert kib < 200_000
+
+
+def test_a_program_in_place_of_an_image_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow gives PostScript to Ghostscript, here one that leaves a file behind."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho ran > {tmp_path}/canary\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.eps").read_bytes())
+    with Image.open(tmp_path / "a.png") as trusting, pytest.raises(OSError):
+        trusting.load()
+    assert (tmp_path / "canary").exists()
+    (tmp_path / "canary").unlink()
+    for read in (open_image, image_size):
+        with pytest.raises(ValueError, match="of none of the formats"):
+            read(tmp_path / "a.png")
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("aspect", "size"),
+    [("pad", (20_000, 2)), ("pad", (18_800, 1)), ("pad", (1, 337)), ("crop", (3, 3_000_000))],
+)
 def test_elongated_images_do_not_fill_the_memory(aspect: str, size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="too elongated"):
         to_tiles(Image.new("RGB", size), ImageLayout(tile=336, tokens_per_tile=1, aspect=aspect))
