@@ -1,5 +1,7 @@
 """The command line: what reaches `neva.api`, what is printed, and which exit code comes back."""
 
+import importlib
+import inspect
 import json
 import os
 import signal
@@ -12,12 +14,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 import neva
 from neva import config, recipes
 from neva.cli import main
+from neva.infer.generate import Sampling
 
 ROOT = Path(neva.__file__).parents[1]
+REAL = importlib.import_module("neva.api")
 
 
 class Stopped(Exception):
@@ -26,7 +31,7 @@ class Stopped(Exception):
 
 
 class FakeApi(types.ModuleType):
-    """Notes every call and answers what the test wants."""
+    """Notes every call and answers what the test wants; refuses a call that `neva.api` would not take."""
 
     def __init__(self) -> None:
         super().__init__("neva.api")
@@ -34,7 +39,13 @@ class FakeApi(types.ModuleType):
         self.answer: Any = None
 
     def __getattr__(self, name: str) -> Any:
+        if name not in REAL.__all__:
+            raise AttributeError(f"neva.api has no public function {name!r}")
+        signature = inspect.signature(getattr(REAL, name))
+
         def call(*args: Any, **options: Any) -> Any:
+            taken = signature.bind(*args, **options).arguments
+            Sampling(**{**taken.get("sampling", {})})  # `generate` takes the fields of Sampling
             self.calls.append((name, args, options))
             if isinstance(self.answer, BaseException):
                 raise self.answer
@@ -244,5 +255,47 @@ FIRST = ("import neva; neva.evaluate", "from neva.api import train", "import nev
 
 @pytest.mark.parametrize("first", FIRST)
 def test_the_functions_of_neva_are_functions_whatever_was_imported_first(first: str) -> None:
-    asked = "assert all(type(getattr(neva, name)).__name__ == 'function' for name in neva.__all__)"
-    subprocess.run([sys.executable, "-c", f"{first}\nimport neva, neva.api\n{asked}\nimport neva.evaluate.report"], check=True)
+    asked = "print({type(getattr(neva, name)).__name__ for name in neva.__all__})"
+    code = f"{first}\nimport neva, neva.api\n{asked}\nimport neva.evaluate.report\n{asked}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("{'function'}\n{'function'}\n", "")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda api: api.trian("demo"),
+        lambda api: api.train("demo", resumes="auto"),
+        lambda api: api.evaluate("x"),
+        lambda api: api.generate("x", prompt="a", temprature=1.0),
+    ],
+)
+def test_the_stand_in_takes_no_call_that_neva_api_would_not_take(api: FakeApi, call: Any) -> None:
+    with pytest.raises((AttributeError, TypeError)):
+        call(api)
+    assert not api.calls
+
+
+def test_every_command_calls_neva_api_as_it_is(api: FakeApi, tmp_path: Path) -> None:
+    """All options of every command at once, so that the stand-in compares each with the signature."""
+    file = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(file)
+    sampling = ["--max-new-tokens", 3, "--temperature", 1, "--top-p", 0.5, "--top-k", 2, "--seed", 1]
+    sampling += ["--stop", "x", "--batch-size", 2, "--json"]
+    commands: list[tuple[Any, list[Any]]] = [
+        (None, ["train", "demo", "out=x", "--dry-run", "--nproc", 2]),
+        ([{"id": "a", "text": "b"}], ["generate", "x", "--prompt", "a", "--image", file, *sampling]),
+        ([], ["generate", "x", "--data", __file__, "--image-folder", tmp_path, *sampling]),
+        ("x", ["import", "a", "k=1", "--out", "o", "--dtype", "bf16", "--template", "v1", "--no-parity"]),
+        ("x", ["import", "--decoder", "a", "--vision", "b", "--projector", "linear", "--seed", 3]),
+        ({"step": 1}, ["inspect", tmp_path, "--json"]),
+        (("text\n", []), ["convert-config", __file__, "--out", "y.yaml"]),
+        ("x", ["export", "c", "--out", "o", "--part", "decoder", "--keys", "vllm", "--shard", 9]),
+        ({"columns": 1, "rows": 1, "tiles": 1}, ["data", "tiles", file, "--out", tmp_path / "b.png"]),
+        ({"accuracy": {}, "n": 0}, ["eval", "x", "--data", __file__, "--batch-size", 2, "--json"]),
+    ]
+    for number, (answer, arguments) in enumerate(commands, 1):
+        api.answer = answer
+        result = run(*map(str, arguments))
+        assert result.exit_code == 0, (arguments, result.output, result.exception)
+        assert len(api.calls) == number
