@@ -70,7 +70,7 @@ def published(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part)  # another process was first, with the same bytes
 
 
-def _picture(number: int) -> str:
+def _picture(number: int | np.integer) -> str:
     return f"{number:05d}.png"
 
 
@@ -81,7 +81,7 @@ def sample(kind: str, id: str, images: list[str], *turns: str) -> dict:
     return row | ({"image": images[0] if len(images) == 1 else images} if images else {})
 
 
-def _yes(even: bool) -> str:
+def _yes(even: bool | np.bool_) -> str:
     return "yes" if even else "no"
 
 
