@@ -434,8 +434,7 @@ def write(
         shutil.rmtree(temporary)
     (temporary / "weights").mkdir(parents=True, exist_ok=True)
     mark.write_text(ours)
-    if not (temporary / "weights" / ".metadata").exists():
-        stream.write(temporary / "weights", chosen.tensors, chosen.read, tick=tick)
+    stream.write(temporary / "weights", chosen.tensors, chosen.read, tick=tick)
     for name in ("source", "tokenizer"):  # small, and made anew: files of a source that has lost them since would stay
         shutil.rmtree(temporary / name, ignore_errors=True)
     _write_source(chosen, temporary / "source")

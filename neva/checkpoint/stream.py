@@ -58,6 +58,14 @@ def write(folder: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Ten
 
     Units of an earlier, cut-off write of the same tensors are kept: the caller answers for that. `tick` gets the bytes of each unit.
     """
+    if not (folder / ".metadata").exists():
+        _write_all(folder, tensors, read, tick=tick)
+    for journal in folder.glob("unit_*.json"):
+        journal.unlink()
+
+
+def _write_all(folder: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor], *, tick: Callable[[int], None]) -> None:
+    """Units, each with its journal, then the index of all."""
     named = units({name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()})
     writer = FileSystemWriter(folder, thread_count=1)
     writer.set_up_storage_writer(True)
@@ -72,8 +80,6 @@ def write(folder: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Ten
         results.append([_result(fields) for fields in json.loads(journal.read_text())])
         tick(sum(tensors[name].numel() * tensors[name].element_size() for name in unit))
     writer.finish(metadata, results)
-    for journal in folder.glob("unit_*.json"):
-        journal.unlink()
 
 
 def _planner(state: Mapping[str, Tensor]) -> DefaultSavePlanner:

@@ -1,15 +1,13 @@
-"""The commands of models: import, export, inspect, templates, convert-config, and an import that is killed."""
+"""The commands of models: import, export, inspect, templates, convert-config."""
 
 import json
-import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.families import build, clip, llama, on_disk
 from tests.oracle.test_convert import SIZE, add_text, same_bits, whole
-from tests.runs import finish, run, start
+from tests.runs import run
 
 pytestmark = pytest.mark.slow
 CONFIG = Path(__file__).parents[1] / "data" / "neva_config.yaml"
@@ -64,17 +62,3 @@ def test_lists(tmp_path):
     assert "model.fp8=False NOT SUPPORTED" in said and (tmp_path / "ours.yaml").exists()
     assert "rows: 25" in run("show", tmp_path / "ours.yaml", "data.source=", "data.image_folder=", "data.sources=[{mock: {samples: 10}}]",
                              "data.tokenizer=neva/recipes/tokenizer", "data.template=v1", "init.vision=", "init.decoder=")  # fmt: skip
-
-
-@pytest.mark.parametrize("wait", [2.0, 3.5])
-def test_killed_import(wait, tmp_path):
-    """kill -9 leaves no checkpoint under the name that was asked for; the same command then makes a whole one."""
-    build(llama(num_hidden_layers=40), tmp_path / "hf")
-    process = start("import", tmp_path / "hf", "--out", tmp_path / "neva")
-    time.sleep(wait)
-    process.send_signal(signal.SIGKILL)
-    finish(process)
-    assert not (tmp_path / "neva").exists()
-    run("import", tmp_path / "hf", "--out", tmp_path / "neva")
-    run("export", tmp_path / "neva", "--out", tmp_path / "out")
-    assert same_bits(on_disk(tmp_path / "hf"), on_disk(tmp_path / "out")) and not (tmp_path / "neva.tmp").exists()

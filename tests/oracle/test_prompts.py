@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers as tf
 from PIL import Image
@@ -374,21 +373,6 @@ def test_a_sentencepiece_model_without_a_start_token_and_ids_beyond_it(tmp_path)
     tokenizer = load_tokenizer(sentencepiece(tmp_path / "sp", add_bos_token=False))
     assert tokenizer.bos is None and tokenizer.start == 1
     assert tokenizer.decode([*tokenizer.encode("Hi"), 512, 9999]).strip() == "Hi"
-
-
-def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(tmp_path, monkeypatch):
-    text_model(tmp_path / "hf")
-    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
-    (tmp_path / "hf" / "tokenizer.json").unlink()
-    shutil.copy(ROOT / "tests" / "data" / "tiny.model", tmp_path / "hf" / "tokenizer.model")
-    assert tokenizer is not None
-    from neva.data.tokenizer import SentencePieceTokenizer
-
-    honest = SentencePieceTokenizer.encode
-    monkeypatch.setattr(SentencePieceTokenizer, "encode", lambda self, text, first=True: honest(self, text)[::-1])
-    with pytest.raises(CheckpointError):
-        api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva")
-    assert not (tmp_path / "neva").exists()
 
 
 def test_generate_still_answers_alike(tmp_path):

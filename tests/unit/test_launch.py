@@ -1,5 +1,6 @@
 """How a command's process ends: its exit code, what it had printed, and nothing that runs after it."""
 
+import os
 import subprocess
 import sys
 import time
@@ -8,13 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+BLOCKS = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+"""An environment in which Python writes into a pipe block by block."""
 
 
 def ended(body: str) -> subprocess.CompletedProcess[str]:
     """A process that ends a command of these lines by `end_at_once`."""
     lines = "\n".join("    " + line for line in body.splitlines())
     code = f"import atexit, sys, threading, time\nfrom neva import launch\ndef command():\n{lines}\nlaunch.end_at_once(command)\nprint('behind')"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=BLOCKS, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +36,6 @@ def test_the_exit_code_is_the_commands(body: str, code: int) -> None:
 
 
 def test_what_was_printed_arrives() -> None:
-    """Into a pipe, which Python fills block by block."""
     done = ended("print('answer', end='')\nsys.stderr.write('warning')\nsys.exit(2)")
     assert (done.stdout, done.stderr, done.returncode) == ("answer", "warning", 2)
 

@@ -59,7 +59,7 @@ def dot(colour: tuple[int, int, int]) -> Image.Image:
 
 def lines() -> list[dict]:
     """Two stages; the second has two kinds, one of which is missing from some steps."""
-    first = [{"stage": "pretrain", "step": n, "losses": {"": 6.0 - 0.2 * n}} for n in range(1, 6)]
+    first = [{"stage": "pretrain", "step": n, "losses": {"": 6.0 - n * (n % 2)}} for n in range(1, 6)]
     second = [
         {"stage": "finetune", "step": n, "losses": {"even": 2.0 / n} | ({"larger": 8.0} if n % 2 else {})}
         for n in range(6, 17)
@@ -168,7 +168,7 @@ def test_curves_are_the_smoothed_losses_in_pixels() -> None:
             values = [(bottom - y) / (bottom - top) * scale for _, y in points]
             wanted = smoothed(plot.title, kind)
             assert steps == pytest.approx([step for step, _ in wanted], abs=0.01)
-            assert values == pytest.approx([value for _, value in wanted], abs=0.01 * scale)
+            assert values == pytest.approx([value for _, value in wanted], abs=0.001 * scale)
 
 
 def smoothed(stage: str, kind: str) -> list[tuple[int, float]]:
@@ -200,8 +200,8 @@ def test_mistakes_come_first_and_kinds_in_turn() -> None:
 
 def test_accuracy_and_what_is_had_without_looking() -> None:
     """Per kind, and per source where samples have no kind; a kind's own commonest truth, right or wrong."""
-    told = [judged(truth, right=right, kind="even") for truth, right in (("yes", False), ("yes", False), ("no", True))]
-    told += [judged(truth, right=truth == "3", kind="digit") for truth in "33123"]
+    told = [judged(truth, right=right, kind="even") for truth, right in (("no", True), ("yes", False), ("yes", False))]
+    told += [judged(truth, right=truth == "3", kind="digit") for truth in "13233"]
     told += [judged("yes", right=True, kind=""), judged("no", right=False, kind="")]
     assert accuracy(told) == pytest.approx({"digit": 3 / 5, "even": 1 / 3, "held-out": 1 / 2})
     assert best_blind(told) == pytest.approx({"digit": 3 / 5, "even": 2 / 3, "held-out": 1 / 2})
