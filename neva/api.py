@@ -35,7 +35,7 @@ from neva.job import NAMED, InitConfig, TrainConfig
 from neva.parallel import mesh as ranks
 from neva.recipes import inits, nemo_yaml
 from neva.recipes.nemo_yaml import Line
-from neva.recipes.resolve import make_data, resolve, say_mock
+from neva.recipes.resolve import make_data, resolve, say_mock, say_templates
 from neva.training import loop
 from neva.training.stage import check, frozen_changed, parameter_table
 
@@ -227,6 +227,7 @@ def train(
         chosen = tree.override(stages, overrides, named=NAMED)
     resolved = resolve(chosen)
     say_mock(resolved, say)
+    say_templates(resolved, say)
     make_data(resolved, say)
     for stage in resolved:
         inits.check_fit(stage, _readable(stage.init))
@@ -245,6 +246,7 @@ def dry_run(
     """All that `train` does before its first step, without weights: files, sizes, data, the trainable set; says the memory of each stage."""
     resolved = resolve(recipe(name, overrides, say=say, trust_code=trust_code))
     say_mock(resolved, say)
+    say_templates(resolved, say)
     make_data(resolved, say)
     for stage in resolved:
         check(replace(stage, init=InitConfig()), world=ranks)

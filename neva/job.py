@@ -68,6 +68,8 @@ class DataConfig:
     empty for the tokenizer's own."""
     system: str | None = None
     """System message in place of the template's own."""
+    date: str = ""
+    """Day that a chat template's `strftime_now` tells, as YYYY-MM-DD; empty for the day on which the run begins, which is saved."""
     shuffle: bool = True
     workers: int = 2
     """Processes that measure, read and decode; 0 does it in the training process. No number changes the data order."""

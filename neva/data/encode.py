@@ -4,7 +4,7 @@ Shapes: t tokens, n tiles, k memory tiles, h and w a tile's height and width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from neva.batch import IGNORE, IMAGE, IMAGE_END, IMAGE_START, NEWLINE, ImageLayout
 from neva.data.image import image_size, open_image, to_tiles
 from neva.data.sample import MARKER, Encoded, Sample, SampleError
-from neva.data.template import Piece, check, ending, render
+from neva.data.template import Piece, Template, check, ending, render
 from neva.data.templates import find_template
 from neva.data.tiling import FEWER, Tiling, all_tags, anyres_slots, tags, tiling
 from neva.data.tokenizer import Tokenizer
@@ -93,17 +93,23 @@ class Encoder:
     system: str | None
     """System message in place of the template's own."""
     layout: ImageLayout
+    date: str = ""
+    """Day that a template's `strftime_now` tells, as YYYY-MM-DD; empty for today."""
 
     def __post_init__(self) -> None:
-        check(find_template(self.template, self.tokenizer))
+        check(self.chosen, images=self.layout.images, system=bool(self.system))
         check_tags(self.tokenizer, self.layout)
+
+    @cached_property
+    def chosen(self) -> Template:
+        """The chat format."""
+        return replace(find_template(self.template, self.tokenizer), date=self.date)
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Texts at which a generation stops, besides the tokenizer's end token."""
-        template = find_template(self.template, self.tokenizer)
-        own = ending(template)
-        return template.stops or ((own,) if own else ())
+        own = ending(self.chosen)
+        return self.chosen.stops or ((own,) if own else ())
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -166,10 +172,9 @@ class Encoder:
             raise ValueError(f"its turns hold {markers} {MARKER} but it has {len(sample.images)} image(s): add or remove {MARKER}, or the image")
         if sample.images and not self.layout.images:
             raise ValueError("the model has no vision encoder: leave the image out, or use a model with one")
-        template = find_template(self.template, self.tokenizer)
-        if template.caption and not answer and not sample.images:
+        if self.chosen.caption and not answer and not sample.images:
             raise ValueError(f"the template {self.template!r} asks with an image alone and this question has none: add one, or train with another")
-        pieces = render(template, sample.turns, system=self.system, answer=answer)
+        pieces = render(self.chosen, sample.turns, system=self.system, answer=answer)
         draft, span = Draft(), []
         # The tokenizer's own template says itself how a text begins, but with images transformers' processors add the start token.
         if self.tokenizer.bos is not None and (self.template or self.layout.images) and not (pieces and pieces[0].what == "start"):
@@ -278,10 +283,18 @@ class Encoder:
     def _flush(self, draft: Draft, span: list[Piece]) -> None:
         """Appends the ids of text pieces tokenised together.
 
-        A piece starts at the first id in which the whole differs from the text before that piece tokenised alone: this is the
-        prompt that a server would send, and it holds for any tokenizer, also where an id spans the border.
+        A label starts behind the ids of the text before it tokenised alone: this is the prompt that a server would send. Where an id
+        would span that border the label is tokenised by itself, so that for any tokenizer training sees the ids of the prompt.
         """
         first = len(draft.tokens) == draft.begin
+        for number in range(1, len(span)):
+            if span[number].loss and not span[number - 1].loss:
+                before = self.tokenizer.encode("".join(piece.text for piece in span[:number]), first=first)
+                whole = self.tokenizer.encode("".join(piece.text for piece in span), first=first)
+                if whole[: len(before)] != before:
+                    self._flush(draft, span[:number])
+                    self._flush(draft, span[number:])
+                    return
         ids = self.tokenizer.encode("".join(piece.text for piece in span), first=first)
         flags, start, before = [False] * len(ids), 0, ""
         for number, piece in enumerate(span):

@@ -5,6 +5,8 @@ tokenizers, NVIDIA/Megatron-LM and nvidia/NVLM-D-72B (`nvlm-chatml*`, three that
 A test compares `plain`, `v0`, `v1` and `llama_2` with LLaVA's own token ids and labels.
 """
 
+from dataclasses import replace
+
 from neva.config import nearest
 from neva.data.template import Template
 from neva.data.tokenizer import Tokenizer
@@ -142,6 +144,7 @@ TEMPLATES: dict[str, Template] = {
     "gemma": Template(jinja=_GEMMA, stops=("<end_of_turn>",)),
     "text": Template(jinja=_TEXT),
 }
+TEMPLATES = {name: replace(template, ours=True) for name, template in TEMPLATES.items()}
 """`text` adds nothing to what is said: a base model goes on with the text.
 `nvlm-chatml` is Megatron-LM's, `-paper` has the system message of the article's figure 12, `-hf` is the released model's: no line breaks.
 `nvlm-pretrain` has no roles (figure 11): image, instruction, answer; the line break between the last two is ours."""
@@ -154,11 +157,12 @@ def find_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
+    specials = tokenizer.specials if tokenizer is not None else ()
     if "{%" in name or "{{" in name:
-        return Template(jinja=name)
+        return Template(jinja=name, specials=specials)
     if name:
         raise ValueError(f"no template '{name}'.{nearest(name, TEMPLATES)}")
     own = tokenizer.chat_template if tokenizer is not None else ""
     if not own:
         raise ValueError(f"the tokenizer has no chat template: name one with data.template ({', '.join(TEMPLATES)}), or use a tokenizer that has one")
-    return Template(jinja=own)
+    return Template(jinja=own, specials=specials, own=True)

@@ -76,6 +76,11 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
+    def specials(self) -> tuple[str, ...]:
+        """Texts that are one token each wherever they stand."""
+
+    @property
+    @abstractmethod
     def eos(self) -> int:
         """The id that ends an answer."""
 
@@ -110,6 +115,10 @@ class SentencePieceTokenizer(Tokenizer):
     def _special(self) -> dict[str, int]:
         ids = (self._model.unk_id(), self._model.bos_id(), self._model.eos_id())
         return {self._model.id_to_piece(id): id for id in ids if id >= 0}
+
+    @cached_property
+    def specials(self) -> tuple[str, ...]:
+        return tuple(self._special)
 
     @cached_property
     def _split(self) -> re.Pattern[str]:
@@ -173,6 +182,11 @@ class JsonTokenizer(Tokenizer):
         if first or not text or not self._spaced:
             return self._model.encode(text, add_special_tokens=False).ids
         return self._model.encode(self._spaced + text, add_special_tokens=False).ids[1:]
+
+    @cached_property
+    def specials(self) -> tuple[str, ...]:
+        added = json.loads(self.files["tokenizer.json"]).get("added_tokens", ())
+        return tuple(token["content"] for token in added)
 
     @cached_property
     def _spaced(self) -> str:

@@ -102,7 +102,13 @@ def load(
     store.load_weights(checkpoint.folder, into=dict(model.named_parameters()))
     lay_out_for_decoding(model)
     tokenizer = load_tokenizer(store.tokenizer_folder(checkpoint.folder))
-    encoder = Encoder(tokenizer=tokenizer, template=checkpoint.config["template"], system=checkpoint.config["system"], layout=config.layout)
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        template=checkpoint.config["template"],
+        system=checkpoint.config["system"],
+        layout=config.layout,
+        date=checkpoint.config.get("date") or "",
+    )
     ends = frozenset(imported_ends(checkpoint.folder))
     return Loaded(
         model=model,

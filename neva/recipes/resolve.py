@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from operator import attrgetter
 from pathlib import Path
 
@@ -46,6 +47,18 @@ def say_mock(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -> Non
     made_up = [stage.name for stage in stages if all(source.mock for source in stage.data.blend)]
     if made_up:
         say(f"data.source and data.folder are not set: {', '.join(made_up)} will train on made-up text and images, to see that it runs and how fast")
+
+
+def say_templates(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -> None:
+    """Say once of each chat format what is added to it."""
+    lacking: dict[str, list[str]] = {}
+    for stage in stages:
+        template = find_template(stage.data.template, load_tokenizer(stage.data.tokenizer))
+        if template.form.adds_end:
+            lacking.setdefault(template.jinja, []).append(stage.name)
+    for names in lacking.values():
+        where = f"the chat template of {', '.join(names)} ends no answer"
+        say(f"{where}: the tokenizer's end token is put behind each and learnt; an export writes the template with it")
 
 
 def make_data(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -> None:
@@ -129,11 +142,21 @@ def _check_files(source: SourceConfig) -> None:
         raise ValueError(f"the image folder {source.image_folder} is not there")
 
 
+def _check_date(text: str) -> None:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"data.date={text} is no day: write it as YYYY-MM-DD") from None
+
+
 def _check_sizes(stage: TrainConfig) -> None:
     if not stage.data.tokenizer:
         raise ValueError("there is no tokenizer; name a tokenizer.json, a SentencePiece .model or their folder: data.tokenizer=PATH")
     tokenizer, decoder = load_tokenizer(stage.data.tokenizer), stage.model.decoder
-    check(find_template(stage.data.template, tokenizer))
+    if stage.data.date:
+        _check_date(stage.data.date)
+    template = find_template(stage.data.template, tokenizer)
+    check(template, images=stage.model.layout.images, system=bool(stage.data.system))
     size = tokenizer.size
     if size > decoder.vocab:
         raise ValueError(f"the tokenizer has {size} tokens but model.decoder.vocab={decoder.vocab}; set model.decoder.vocab={size} or more")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def train(stages: tuple[TrainConfig, ...], *, resume: str = "", on_evaluate: Eva
         stages = with_precision(stages, say)
         with _Signals() as signals, ExitStack() as held:
             found = _find(stages, resume, say)
+            stages = _with_date(stages, found)
             for config in stages[_position(stages, found)[0] :]:
                 check(config, world=mesh.size())
             run = _Run(mesh=mesh, device=device, signals=signals, say=say, held=held, rewind=resume not in ("", "auto"))
@@ -119,6 +121,13 @@ def _find(stages: tuple[TrainConfig, ...], resume: str, say: Say) -> Path | None
     if holds and found.resolve().parent != (out / "checkpoints").resolve():
         raise ValueError(f"{out} holds a run of its own, and {found} is not one of its checkpoints. Go on in another folder: out=FOLDER.")
     return found
+
+
+def _with_date(stages: tuple[TrainConfig, ...], found: Path | None) -> tuple[TrainConfig, ...]:
+    """The stages with the date that chat templates tell: that of the run which goes on, else today's."""
+    saved = store.load_config(found).get("date") if found is not None else ""
+    begun = saved or ranks.share(date.today().isoformat())[0]
+    return tuple(replace(stage, data=replace(stage.data, date=stage.data.date or begun)) for stage in stages)
 
 
 def _position(stages: tuple[TrainConfig, ...], found: Path | None) -> tuple[int, bool]:

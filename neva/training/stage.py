@@ -164,7 +164,13 @@ def _sources(begin: Path | None, init: InitConfig, resume: Path | None) -> dict[
 def make_loader(config: TrainConfig, tokenizer: Tokenizer, *, rank: int = 0, world: int = 1) -> Loader:
     """The loader of a stage's data for one rank."""
     data, batch = config.data, config.batch
-    encoder = Encoder(tokenizer=tokenizer, template=data.template, system=data.system, layout=config.model.layout)
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        template=data.template,
+        system=data.system,
+        layout=config.model.layout,
+        date=data.date,
+    )
     options = LoaderOptions(
         shuffle=data.shuffle, seed=config.seed, workers=data.workers, pool=data.pool, prefetch=data.prefetch,
         on_error=data.on_error, over_long=data.over_long, fewer_tiles=data.fewer_tiles,
@@ -294,6 +300,7 @@ def save(stage: Stage) -> Path:
         "model": tree.to_dict(config.model),
         "template": config.data.template,
         "system": config.data.system,
+        "date": config.data.date,
         "train": tree.to_dict(config),
     }
     folder = store.save(

@@ -185,21 +185,36 @@ def test_measure_equals_encode_and_training_starts_with_the_prompt(talk: Talk, e
     carried = encoded.labels != IGNORE
     assert bool(carried.any()) and torch.equal(encoded.labels[carried], encoded.tokens[carried])
     assert encoded.tokens[-1] == encoder.tokenizer.eos and bool(carried[-1])
-    if encoder.tokenizer is TINY:  # whose ids never cross a space: training saw exactly the ids of the prompt
-        assert encoded.tokens[: len(prompt.tokens)].tolist() == prompt.tokens.tolist()
-        assert bool(carried[len(prompt.tokens) :].all())
+    assert encoded.tokens[: len(prompt.tokens)].tolist() == prompt.tokens.tolist()
+    assert bool(carried[len(prompt.tokens) :].all())
+    if encoder.tokenizer is TINY:
         answer = sample.turns[-1].text
         if "s>" not in answer:  # a special token that is spelled in a text becomes its id
             assert encoder.tokenizer.decode(encoded.tokens[len(prompt.tokens) :].tolist()).strip() == answer.strip()
 
 
-def test_an_id_across_the_border_belongs_to_the_answer() -> None:
-    """'…ASSISTANT:' + ' b' gives the one id ': ', which a server that sends '…ASSISTANT:' leaves to the model to say."""
+def test_no_id_spans_the_border_to_an_answer() -> None:
+    """'…ASSISTANT:' + ' b' would give the one id ': ': a server sends '…ASSISTANT:', so training sees those ids too, and then ' b'."""
     encoder = Encoder(bytes_tokenizer(), "v1", "", LAYOUT)
     encoded, prompt = encoder.encode(chat("x", "b")), encoder.encode(chat("x"), labels=False)
     first = int((encoded.labels != IGNORE).nonzero()[0])
-    assert encoder.tokenizer.decode(encoded.tokens[first:].tolist()) == ": b"
-    assert encoded.tokens[:first].tolist() == prompt.tokens[:-1].tolist()
+    assert encoder.tokenizer.decode(encoded.tokens[first:].tolist()) == " b"
+    assert encoded.tokens[:first].tolist() == prompt.tokens.tolist()
+
+
+@pytest.mark.parametrize("tokenizer", [TINY, bytes_tokenizer()])
+def test_text_keeps_questions_and_answers_apart(tokenizer: JsonTokenizer) -> None:
+    """The format `text` writes nothing between them, and their letters would merge."""
+    encoder = Encoder(tokenizer, "text", None, LAYOUT)
+    encoded = encoder.encode(chat("the col", "our is", "what no", "thing:", "x", "y"))
+    begin = 0
+    for turns in (1, 3, 5):
+        texts = ("the col", "our is", "what no", "thing:", "x")[:turns]
+        prompt = encoder.encode(chat(*texts), labels=False).tokens.tolist()
+        assert encoded.tokens[: len(prompt)].tolist() == prompt
+        asked = encoded.labels[begin : len(prompt)]
+        begin = len(prompt) + encoded.labels[len(prompt) :].tolist().index(tokenizer.eos) + 1
+        assert (asked == IGNORE).all() and (encoded.labels[len(prompt) : begin] != IGNORE).all()
 
 
 @pytest.mark.parametrize("template", ["v1", "plain"])
