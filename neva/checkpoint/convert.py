@@ -11,6 +11,7 @@ from neva.checkpoint.foreign import is_foreign
 from neva.checkpoint.hf import Options, Plan, Source
 from neva.checkpoint.manifest import CheckpointError
 from neva.checkpoint.nemo import is_nemo, is_neva, read_nemo
+from neva.checkpoint.pixels import compare_images
 from neva.checkpoint.prompts import compare_texts
 from neva.checkpoint.shards import lfs_pointer, read_json
 from neva.data.encode import check_tags
@@ -50,6 +51,8 @@ def import_model(sources: Sequence[Path], out: Path, options: Options, *, check:
             write = tokenizer.save if tokenizer else None
             folders.write(chosen, temporary, described=described, write_tokenizer=write, tick=lambda size: None)
             described["source"]["parity"] = _compare(chosen, temporary / "weights", out, say) if check else None
+            for line in compare_images(chosen.sources) if check else []:
+                say(line)
             if check and tokenizer is not None and (source := _text_source(chosen)).format not in NEMO:
                 say(compare_texts(source.folder, tokenizer))
     if not check:

@@ -20,7 +20,7 @@ from neva.checkpoint import hf as folders
 from neva.checkpoint.manifest import sync
 from neva.checkpoint.peers import on_disk
 from neva.checkpoint.prompts import compare_prompts
-from neva.checkpoint.shards import open_shards
+from neva.checkpoint.shards import converted, open_shards
 from neva.checkpoint.target import PEER, ExportOptions, Target, configs, kept_dtype, make_target, with_dtype
 from neva.models import hf
 
@@ -95,7 +95,9 @@ def _write_weights(folder: Path, target: Target, weights: Path, options: ExportO
                 ours = {name: _written(weights, name, target=target, options=options) for name in group}
                 state |= {target.spelled(name): tensor for name, tensor in _theirs(ours, target).items()}
             if number == len(plan) - 1:
-                state |= {target.spelled(name): folders.as_dtype(tensor, folders.DTYPES.get(options.dtype)) for name, tensor in target.extra.items()}
+                dtype = folders.DTYPES.get(options.dtype)
+                for name, tensor in target.extra.items():
+                    state[target.spelled(name)] = converted(tensor, dtype, name)
             part = file.with_suffix(".part")
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, part, metadata={"format": "pt"})
             part.replace(file)
@@ -144,7 +146,7 @@ def _groups(target: Target, described: Mapping[str, Tensor]) -> Iterator[list[st
 def _written(weights: Path, name: str, *, target: Target, options: ExportOptions) -> Tensor:
     """One of our tensors as it is written: with the rows and in the dtype that were asked for."""
     tensor = _grown(index.read(weights, name), target.grow.get(name, 0))
-    return tensor.to(kept_dtype(tensor.dtype, options))
+    return converted(tensor, kept_dtype(tensor.dtype, options), name)
 
 
 def _grown(tensor: Tensor, rows: int) -> Tensor:

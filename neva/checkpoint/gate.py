@@ -2,20 +2,27 @@
 
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neva.checkpoint import parity
 from neva.checkpoint.hf import Source, is_left_behind, relative
+from neva.checkpoint.manifest import CheckpointError, few
 from neva.checkpoint.parity import Difference, Peer
 from neva.models import hf, hf_vlm
 from neva.models.vit import VisionConfig
 from neva.models.vlm import VLMConfig
 
 Read = Callable[[str], Tensor]
+LLAVAS = ("llava", "llava_next")
+"""Formats of transformers' own LLaVAs."""
+PROJECTOR = re.compile(r".*m(?:m|ulti_modal)_projector(?:\.linear_(\d)|\.(\d))?\.(weight|bias)")
+"""A tensor of a LLaVA's projector: the number of its layer, if there are several, and its kind."""
 
 
 def need_transformers() -> None:
@@ -37,13 +44,24 @@ def compare(
         if source.format in ("nemo", "nemo-neva"):
             continue
         seen, original = _at_own_resolution(source, vision, read)
-        if source.format in ("llava", "llava_next") and fits and model is not None:
-            found += parity.llava(replace(model, vision=seen), original, source.folder, cast=cast)
+        if source.format in LLAVAS:
+            _check_settings(source)
+        if source.format in LLAVAS and fits and model is not None:
+            asked = _reads(seen) != _reads(source.model.vision)  # type: ignore[union-attr]
+            whole = replace(model, vision=seen)
+            found += parity.llava(whole, original, source.folder, asked=asked, cast=cast)
             continue
         if source.kind != "vision" and model is not None:
             found += parity.decoder(model.decoder, read, peer(source, "decoder", cast), whole=fits)
-        if seen is not None and (source.kind == "vision" or source.format in ("llava", "llava_next", "NVLM_D")):
+        if seen is not None and (source.kind == "vision" or source.format in (*LLAVAS, "NVLM_D")):
             found += parity.vision(seen, original, peer(source, "vision", cast), whole=fits)
+        if source.format in (*LLAVAS, "llava-original") and model is not None:
+            layers = _projector_layers(source)
+            found.append(parity.llava_projector(model, read, layers, cast=cast))
+        if "image_newline" in source.spelled and model is not None:
+            theirs = source.shards.read(source.spelled["image_newline"])
+            newline = read("image_newline")
+            found.append(parity.one_tensor("image_newline", newline, theirs, cast=cast))
         if source.format == "NVLM_D" and model is not None:
             found.append(parity.nvlm_projector(model, read, source.shards.read, cast=cast))
     return found
@@ -54,7 +72,9 @@ def peer(source: Source, part: str, cast: torch.dtype | None = None) -> Peer:
     taken = set(source.spelled.values())
     if source.kind == part:
         kept = {**source.spelled, **{relative(name): name for name in source.shards.entries if name not in taken and not is_left_behind(name)}}
-        config, folder = source.config, source.folder if source.format != "intern_vit_6b" else None
+        config = source.config
+        own = all(file.parent == source.folder for file in source.shards.files)
+        folder = source.folder if own and source.format != "intern_vit_6b" else None
         return Peer(config=config, names=tuple(kept), read=lambda name: source.shards.read(kept[name]), folder=folder, cast=cast)
     beginnings = ("vision.",) if part == "vision" else ("decoder.", "head.")
     before = "vision_model." if source.format == "NVLM_D" else ""
@@ -66,10 +86,48 @@ def peer(source: Source, part: str, cast: torch.dtype | None = None) -> Peer:
     elif source.format == "NVLM_D":
         config = hf_vlm.nvlm_text(source.config)
     elif source.format == "llava-original":
-        config = {**source.config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        config = hf_vlm.original_text(source.config)
     else:
-        config = {"model_type": "llama", **source.config["text_config"]}
+        config = hf_vlm.llava_text(source.config)
     return Peer(config=config, names=tuple(inside), read=lambda name: source.shards.read(inside[name]), cast=cast)
+
+
+def _reads(vision: VisionConfig | None) -> tuple[int, str] | None:
+    """Which features of an encoder go to the projector."""
+    return vision and (vision.select_layer, parity.strategy(vision))
+
+
+def _check_settings(source: Source) -> None:
+    """CheckpointError where transformers reads other settings in a LLaVA's config.json."""
+    import transformers
+
+    assert isinstance(source.model, VLMConfig) and source.model.vision is not None
+    theirs: Any = transformers.AutoConfig.from_pretrained(source.folder)
+    layer = theirs.vision_feature_layer
+    said = {
+        "vision_feature_layer": layer if isinstance(layer, list) else [layer],
+        "vision_feature_select_strategy": theirs.vision_feature_select_strategy,
+    }
+    ours: dict[str, Any] = {
+        "vision_feature_layer": [source.model.vision.select_layer],
+        "vision_feature_select_strategy": parity.strategy(source.model.vision),
+    }
+    if source.format == "llava_next":
+        said["image_grid_pinpoints"] = [tuple(view) for view in theirs.image_grid_pinpoints]
+        ours["image_grid_pinpoints"] = [*source.model.image.pinpoints]
+    if wrong := [f"{name}={said[name]!r}" for name in said if said[name] != ours[name]]:
+        named = f"{source.folder}/config.json"
+        raise CheckpointError(f"{named}: transformers reads {few(wrong)} in it, neva another value")
+
+
+def _projector_layers(source: Source) -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias of each linear layer of a LLaVA's projector, in order of their numbers."""
+    found: dict[int, dict[str, str]] = {}
+    for name in source.shards.entries:
+        if match := PROJECTOR.fullmatch(name):
+            found.setdefault(int(match[1] or match[2] or 0), {})[match[3]] = name
+    read = source.shards.read
+    return [(read(layer["weight"]), read(layer["bias"])) for _, layer in sorted(found.items())]
 
 
 def _at_own_resolution(source: Source, vision: VisionConfig | None, read: Read) -> tuple[VisionConfig | None, Read]:

@@ -28,8 +28,16 @@ from neva.checkpoint import stream
 from neva.checkpoint.foreign import check_folder
 from neva.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, digests, few, listing, serialise, sync
 from neva.checkpoint.peers import in_memory
-from neva.checkpoint.shards import Shards, open_shards, read_json
-from neva.data.tokenizer import FILES, PAIRS
+from neva.checkpoint.shards import Shards, converted, open_shards, read_json
+from neva.checkpoint.source import (
+    Source,
+    about_encoder,
+    as_tied,
+    lost_heads,
+    other_sets,
+    tower,
+    with_own_tower,
+)
 from neva.models import hf, hf_config, hf_vlm
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig, resize_positions
@@ -49,35 +57,6 @@ NEXT_TEMPLATES = {"mistral": "mistral", "qwen2": "qwen"}
 """Family of a LLaVA-NeXT's decoder -> the chat format of the published one, where that is not LLaVA's `v1`."""
 WITHOUT_ENCODER = ("llava-original", "nemo-neva")
 """Formats of a VLM whose encoder is a checkpoint of its own."""
-Kind = Literal["vlm", "decoder", "vision"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Source:
-    """A folder of Hugging Face's or LLaVA's making, read but for its tensors."""
-
-    folder: Path
-    kind: Kind
-    format: str
-    """Its `model_type`; `llava-original` is the layout of LLaVA's own repository."""
-    config: Mapping[str, Any]
-    """Its config.json."""
-    model: VLMConfig | DecoderConfig | VisionConfig
-    image: ImageConfig | None
-    """How images are brought to size; None where the folder does not say."""
-    shards: Shards
-    table: Mapping[str, str]
-    template: str = ""
-    """Chat format that it was trained with, where the folder says so."""
-    spelled: Mapping[str, str]
-    """Default spelling of each tensor that the table knows -> its name here."""
-    side: int = 0
-    """Side that its processor brings images to; 0 where none says, or where the encoder takes that side for its own."""
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Does the folder hold one that `load_tokenizer` reads?"""
-        return any((self.folder / name).is_file() and (self.folder / PAIRS.get(name, name)).is_file() for name in FILES)
 
 
 def read_source(folder: Path) -> Source:
@@ -97,11 +76,14 @@ def read_source(folder: Path) -> Source:
 
 def _read(folder: Path, config: dict[str, Any]) -> Source:
     shards = open_shards(folder)
+    notes = other_sets(folder)
+    config = {name: value for name, value in config.items() if name != "transformers_weights"}
     image, pixels = image_settings(folder)
     model_type, side = config.get("model_type", ""), 0
     if "mm_vision_tower" in config:
         encoder = VisionConfig(image=336, patch=14, width=config["mm_hidden_size"], layers=24, heads=16, ffn=4096)  # until it is given
-        table: Mapping[str, str] = hf.original_table(hf.LLAMA, hf.CLIP)
+        family = hf_config.DECODERS[hf_vlm.original_text(config)["model_type"]]
+        table: Mapping[str, str] = hf.original_table(family.table)
         model: Any = hf_vlm.original_config(config, encoder)
         source = {"kind": "vlm", "format": "llava-original", "image": model.image}
     elif model_type == "NVLM_D":
@@ -114,6 +96,21 @@ def _read(folder: Path, config: dict[str, Any]) -> Source:
         text = hf_config.DECODERS[config["text_config"].get("model_type", "llama")]
         table = hf.llava_table(text.table, family.table if family else hf.HF_VISION)
         seen, side = _with_pixels(model.vision, pixels, family)
+        views = image.pinpoints if image else ()
+        if model_type == "llava_next":
+            if views and views != model.image.pinpoints:
+                cut, joined = [list(view) for view in views], config.get("image_grid_pinpoints")
+                raise ValueError(
+                    f"its processor says image_grid_pinpoints={cut}, config.json {joined}: images "
+                    f"are cut by one and their features joined by the other. Correct one of them."
+                )
+            resample = image.resample if image else model.image.resample
+            model = replace(model, image=replace(model.image, resample=resample))
+        elif views:
+            raise ValueError(
+                "its processor cuts an image into several views (image_grid_pinpoints), but "
+                "config.json says model_type='llava', which takes one. Correct one of them."
+            )
         if model_type == "llava":
             model = replace(model, image=image or ImageConfig(aspect="crop" if _is_clip(seen) else "square"))
         model = replace(model, vision=seen)
@@ -140,7 +137,11 @@ def _read(folder: Path, config: dict[str, Any]) -> Source:
     if isinstance(seen, VisionConfig) and seen.backend == "hf":
         shards = in_memory(shards, seen.hf_config, prefix="vision_tower." if source["kind"] == "vlm" else "")
     spelled = hf.default_names(shards.entries, table, aliases=source["format"] in ("llava", "llava_next"))
-    return Source(folder=folder, config=config, model=model, shards=shards, table=table, spelled=spelled, side=side, **source)
+    read = Source(
+        folder=folder, config=config, model=model, shards=shards, table=table, spelled=spelled,
+        side=side, notes=notes, **source,
+    )  # fmt: skip
+    return as_tied(read)
 
 
 def _qkv_rows(shards: Shards) -> int:
@@ -215,8 +216,9 @@ def plan(sources: Sequence[Source], options: Options) -> Plan:
     ValueError where they do not make a model; CheckpointError naming every tensor that is missing, unexpected, or of another shape.
     """
     model, vision, warnings = compose(sources, options)
+    sources = with_own_tower(sources)
     with torch.device("meta"):
-        modules = VLM(model if model is not None else _around(vision))
+        modules = VLM(model if model is not None else around(vision))
     parts = ("",) if model is not None else ("vision.",)
     shapes = {name: parameter.shape for name, parameter in modules.named_parameters() if name.startswith(parts)}
     composed = model is not None and not any(source.kind == "vlm" for source in sources)
@@ -228,13 +230,16 @@ def plan(sources: Sequence[Source], options: Options) -> Plan:
         if giver is not None:
             givers[name] = giver
             made = _shape(*giver)
-            if made != tuple(shape) and not (name == "vision.positions" and made[1:] == tuple(shape)[1:]):
+            if name == "vision.positions":
+                shape = _own_positions(giver[0], vision, shape)
+            if made != tuple(shape):
                 faults.append(f"{giver[0].spelled[giver[1].theirs[0]]!r} gives {list(made)}, the config wants {list(shape)} for {name!r}")
         elif composed and part_of(name) in ("projector", "cross"):
             new.append(name)
         else:
             faults.append(f"{_wanted(name, sources, experts)} is missing")
     faults += _unexpected(sources, givers.values(), vision)
+    faults += lost_heads(sources, model)
     if faults:
         raise CheckpointError(f"{', '.join(str(source.folder) for source in sources)} does not fit its config: {few(faults, '; ')}.")
     dtype = DTYPES.get(options.dtype) or sources[0].shards.dtype
@@ -255,7 +260,7 @@ def compose(sources: Sequence[Source], options: Options) -> tuple[VLMConfig | No
     by_kind = dict(zip(kinds, sources, strict=True))
     if sorted(kinds) not in (["vlm"], ["decoder"], ["vision"], ["decoder", "vision"], ["vision", "vlm"]):
         raise ValueError(f"{' and '.join(kinds)} do not make one model: give a whole VLM, or a decoder and an encoder, or one of them.")
-    warnings: list[str] = []
+    warnings = [note for source in sources for note in source.notes]
     if kinds == ["vision"]:
         (vision,) = tree.override((sources[0].model,), options.overrides)
         _check_side(sources, vision, "image", options)  # type: ignore[arg-type]
@@ -267,11 +272,16 @@ def compose(sources: Sequence[Source], options: Options) -> tuple[VLMConfig | No
         model: Any = whole.model
         if whole.format in WITHOUT_ENCODER:
             if seen is None:
-                held = f"{whole.folder} ({whole.format}) does not hold its encoder"
+                lacks = "lacks the config of" if tower(whole) else "does not hold"
+                held = f"{whole.folder} ({whole.format}) {lacks} its encoder"
                 raise ValueError(f"{held}: give the encoder's folder with --vision, in a recipe with init.vision=FOLDER")
+            warnings += about_encoder(whole, by_kind["vision"])
             own: Any = whole.model.vision  # type: ignore[union-attr]
             seen = replace(seen, select_layer=own.select_layer, feature=own.feature if seen.class_token else "patch")
+            brought = by_kind["vision"].image
             model = replace(whole.model, vision=seen)  # type: ignore[type-var]
+            if brought is not None:  # LLaVA makes squares itself, and has the processor resize them
+                model = replace(model, image=replace(model.image, resample=brought.resample))
         elif seen is not None:
             raise ValueError(f"{whole.folder} brings its own encoder; --vision goes with --decoder, or with a LLaVA of the original repository")
     else:
@@ -296,14 +306,28 @@ def _check_side(sources: Sequence[Source], vision: VisionConfig | None, key: str
             )
 
 
-def _around(vision: VisionConfig | None) -> VLMConfig:
+def around(vision: VisionConfig | None) -> VLMConfig:
     """A model around an encoder, for its names."""
     decoder = DecoderConfig(vocab=8, width=8, layers=1, heads=1, kv_heads=1, ffn=8)
     return VLMConfig(decoder=decoder, vision=vision, projector="linear" if vision else "none")
 
 
+def _own_positions(
+    source: Source,
+    vision: VisionConfig | None,
+    shape: torch.Size,
+) -> tuple[int, ...]:
+    """The shape of the position embeddings that a folder must hold: of its own resolution."""
+    own = source.model.vision if isinstance(source.model, VLMConfig) else source.model
+    if not isinstance(own, VisionConfig) or vision is None:
+        return tuple(shape)
+    if source.format == "NVLM_D":  # its `force_image_size` resizes those that its encoder holds
+        own = replace(own, image=source.config["vision_config"]["image_size"])
+    return (own.patches + own.class_token, *shape[1:])
+
+
 def _giver(name: str, sources: Sequence[Source], experts: int) -> tuple[Source, hf.Origin] | None:
-    for source in reversed(sources):  # an encoder given apart comes before the one inside a LLaVA's own file
+    for source in reversed(sources):
         made = hf.origin(name, source.table, experts=experts)
         if made is not None and all(theirs in source.spelled for theirs in made.theirs):
             return source, made
@@ -355,8 +379,6 @@ def _excused(source: Source, name: str, vision: VisionConfig | None) -> bool:
     block = re.match(r"vision\.blocks\.(\d+)\.", ours)
     if block and vision is not None and vision.depth <= int(block[1]) < vision.layers:  # behind the selected hidden state
         return True
-    if ours.startswith("vision.") and source.format == "llava-original":  # the encoder was given apart
-        return True
     if ours == "-":
         return True
     if ours == "head.weight":  # a tied model's second copy; an untied one takes it
@@ -370,7 +392,7 @@ def is_left_behind(name: str) -> bool:
 
 
 def _unused(sources: Sequence[Source], givers: Iterable[tuple[Source, hf.Origin]]) -> dict[str, tuple[Source, str]]:
-    """Tensors to keep for an export: those of vision towers, and a tied model's second copy of the head."""
+    """Tensors to keep for an export: those of vision towers."""
     taken = {(source.folder, theirs) for source, made in givers for theirs in made.theirs}
     kept = {}
     for source in sources:
@@ -378,8 +400,9 @@ def _unused(sources: Sequence[Source], givers: Iterable[tuple[Source, hf.Origin]
         for name in source.shards.entries:
             default = known.get(name, name)
             ours = hf.ours_of(default, source.table)
-            elsewhere = source.format in WITHOUT_ENCODER and ours.startswith("vision.")
-            if (source.folder, default) in taken or elsewhere or (not ours and is_left_behind(default)):
+            if (source.folder, default) in taken or (not ours and is_left_behind(default)):
+                continue
+            if ours == "head.weight":  # equal to the embedding, and stale once that is trained
                 continue
             kept[relative(default)] = (source, name)
     return kept
@@ -419,7 +442,7 @@ class _Reader:
         tensor = made.gather(found)
         if name == "vision.positions" and tensor.shape != wanted.shape:
             tensor = resize_positions(tensor, self.grid, class_token=self.class_token)
-        return tensor.to(wanted.dtype).contiguous()
+        return converted(tensor, wanted.dtype, source.spelled[made.theirs[0]]).contiguous()
 
 
 # Writing.
@@ -490,9 +513,5 @@ def _write_source(chosen: Plan, folder: Path) -> None:
         (own / KEYS).write_text(json.dumps(odd, indent=1))
         unused = {name: giver.shards.read(stored) for name, (giver, stored) in chosen.unused.items() if giver is source}
         if unused:
-            save_file({name: as_dtype(tensor, chosen.cast).contiguous() for name, tensor in unused.items()}, own / UNUSED)
-
-
-def as_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Floating-point numbers in another dtype, if one is given; numbers of positions and the like as they are."""
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            kept = {name: converted(tensor, chosen.cast, name) for name, tensor in unused.items()}
+            save_file({name: tensor.contiguous() for name, tensor in kept.items()}, own / UNUSED)

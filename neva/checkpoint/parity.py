@@ -5,11 +5,12 @@ model of that one layer on either side, then the embedding with the head.
 """
 
 import json
+import math
 import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,13 @@ class Difference:
         """Is it within the tolerance? A NaN is not."""
         return self.largest <= TOLERANCE * max(1.0, self.magnitude)
 
+    @property
+    def fault(self) -> str:
+        """What is wrong with it, for a message."""
+        if not math.isfinite(self.largest):
+            return f"{self.part} is not finite"
+        return f"{self.part} differs by {self.largest:.2e}"
+
 
 def show(differences: list[Difference]) -> str:
     """A table to print."""
@@ -59,7 +67,7 @@ def show(differences: list[Difference]) -> str:
 
 def check(differences: list[Difference], what: str) -> None:
     """CheckpointError naming the parts that differ too much."""
-    wrong = [f"{d.part} differs by {d.largest:.2e}" for d in differences if not d.passes]
+    wrong = [d.fault for d in differences if not d.passes]
     if wrong:
         raise CheckpointError(f"{what} is not published: against transformers {', '.join(wrong)}, over the tolerance of {TOLERANCE:g}.")
 
@@ -83,8 +91,25 @@ def decoder(config: DecoderConfig, read: Read, peer: Peer, *, whole: bool) -> li
     if not whole:
         return [*_decoder_slices(config, read, peer)]
     theirs, ids = _whole("AutoModelForCausalLM", peer), _ids(config)
+    ends = _ends(config, read, theirs)
     with torch.no_grad():
-        return [_difference("decoder logits", _logits(config, read, ids), theirs(input_ids=ids).logits[0])]
+        logits = _logits(config, read, ids)
+        compared = _difference("decoder logits", logits, theirs(input_ids=ids).logits[0])
+    return [*ends, compared]
+
+
+def _ends(config: DecoderConfig, read: Read, theirs: Any) -> list[Difference]:
+    """Embedding and head by themselves, so that a refusal names the one that is another."""
+    embed = read("decoder.embed.weight").float()
+    head = embed if config.tied else read("head.weight").float()
+    return [
+        _difference("embedding", embed, theirs.get_input_embeddings().weight.detach()),
+        _difference(_head(config), head, theirs.get_output_embeddings().weight.detach()),
+    ]
+
+
+def _head(config: DecoderConfig) -> str:
+    return "head, tied to the embedding," if config.tied else "head"
 
 
 def vision(config: VisionConfig, read: Read, peer: Peer, *, whole: bool) -> list[Difference]:
@@ -107,12 +132,23 @@ def vision(config: VisionConfig, read: Read, peer: Peer, *, whole: bool) -> list
     return found
 
 
-def llava(config: VLMConfig, read: Read, folder: Path, *, cast: torch.dtype | None = None) -> list[Difference]:
-    """A whole LLaVA or LLaVA-NeXT against transformers': encoder, projector, logits of text, logits with an image."""
+def llava(
+    config: VLMConfig,
+    read: Read,
+    folder: Path,
+    *,
+    asked: bool = False,
+    cast: torch.dtype | None = None,
+) -> list[Difference]:
+    """A whole LLaVA or LLaVA-NeXT against transformers': its parts, logits of text, with an image.
+
+    With `asked`, theirs reads the features that `config` names, not those of its config.json.
+    """
     assert config.vision is not None
     theirs: Any = _theirs(hf_vlm.NEXT if config.image.aspect == "anyres" else hf_vlm.LLAVA, folder, cast)
-    theirs.config.vision_feature_layer = config.vision.select_layer
-    theirs.config.vision_feature_select_strategy = "default" if config.vision.class_token and config.vision.feature == "patch" else "full"
+    if asked:
+        theirs.config.vision_feature_layer = config.vision.select_layer
+        theirs.config.vision_feature_select_strategy = strategy(config.vision)
     ours = _fill(VLM(config), "", read)
     shown, ids = Image.fromarray(_tiles(config.vision)[0].permute(1, 2, 0).numpy()).resize((61, 33)), _ids(config.decoder)
     tiles, found = to_tiles(shown, config.layout), tiling(shown.size, config.layout)
@@ -131,6 +167,7 @@ def llava(config: VLMConfig, read: Read, folder: Path, *, cast: torch.dtype | No
         hidden = _hidden(theirs.model.vision_tower, config.vision, tiles)
         features = theirs.model.multi_modal_projector(hidden)
         return [
+            *_ends(config.decoder, read, theirs),
             _difference("encoder features", ours.vision(tiles), hidden),  # type: ignore[misc]
             _difference("projected features", ours.features(tiles), features),
             _difference("logits of text", _run(ours, ids), theirs(input_ids=ids).logits[0]),
@@ -138,12 +175,60 @@ def llava(config: VLMConfig, read: Read, folder: Path, *, cast: torch.dtype | No
         ]
 
 
+def strategy(vision: VisionConfig) -> str:
+    """transformers' word for the features of an encoder that are read."""
+    return "default" if vision.class_token and vision.feature == "patch" else "full"
+
+
+def llava_projector(
+    config: VLMConfig,
+    read: Read,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    *,
+    cast: torch.dtype | None = None,
+) -> Difference:
+    """A LLaVA's projector against the same written out: linear `layers`, with GELU between.
+
+    A layer is its weight and its bias.
+    """
+    hidden = _noise(4, config.feature_width)
+    text = config.decoder
+    made = projector(config.projector, config.feature_width, text.width, text.ffn)
+    ours = _fill(made, "projector.", read)
+    with torch.no_grad():
+        mine = ours(hidden)
+        for number, (weight, bias) in enumerate(layers):
+            if number:
+                hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+            hidden = hidden @ _rounded(weight, cast).T + _rounded(bias, cast)
+        return _difference("projected features", mine, hidden)
+
+
+def one_tensor(
+    part: str,
+    ours: Tensor,
+    theirs: Tensor,
+    *,
+    cast: torch.dtype | None = None,
+) -> Difference:
+    """A tensor that stands by itself against the folder's."""
+    return _difference(part, ours.float(), _rounded(theirs, cast))
+
+
+def _rounded(tensor: Tensor, cast: torch.dtype | None) -> Tensor:
+    return tensor.to(cast or tensor.dtype).float()
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.empty(*shape).normal_(generator=torch.Generator().manual_seed(0))
+
+
 def nvlm_projector(config: VLMConfig, read: Read, theirs: Read, *, cast: torch.dtype | None = None) -> Difference:
     """NVLM-D's projector against the same written out, from the folder's tensors: transformers has none."""
-    x = torch.empty(4, config.feature_width).normal_(generator=torch.Generator().manual_seed(0))
+    x = _noise(4, config.feature_width)
     ours = _fill(projector(config.projector, config.feature_width, config.decoder.width, config.decoder.ffn), "projector.", read)
     names = ("mlp1.0.weight", "mlp1.0.bias", "mlp1.1.weight", "mlp1.3.weight")
-    scale, shift, first, second = (tensor.to(cast or tensor.dtype).float() for tensor in map(theirs, names))
+    scale, shift, first, second = (_rounded(theirs(name), cast) for name in names)
     normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * scale + shift
     hidden = normed @ first.T
     with torch.no_grad():
@@ -258,7 +343,7 @@ def _decoder_slices(config: DecoderConfig, read: Read, peer: Peer) -> Iterator[D
     """Each layer alone between equal inputs and a norm of ones; then embedding, norm and head, tensor by tensor: there are no others."""
     table = hf_config.DECODERS[peer.config["model_type"]].table
     one = replace(config, layers=1, vocab=8, tied=True, cross_layers=())
-    x = torch.empty(1, TOKENS, config.width).normal_(generator=torch.Generator().manual_seed(0))
+    x = _noise(1, TOKENS, config.width)
     ends = {f"head.{name}": torch.ones(parameter.shape) for name, parameter in Head(one).named_parameters()}
     ends |= {"decoder.embed.weight": torch.zeros(8, config.width)}
     changed: dict[str, Any] = {"num_hidden_layers": 1, "vocab_size": 8, "tie_word_embeddings": True}
@@ -274,14 +359,29 @@ def _decoder_slices(config: DecoderConfig, read: Read, peer: Peer) -> Iterator[D
         with torch.no_grad():
             hidden = norm(ours(x, torch.arange(TOKENS)[None], _alone(TOKENS))[0])
             yield _difference(f"decoder layer {number}", hidden, theirs.model(inputs_embeds=x).last_hidden_state)
-    largest, magnitude = 0.0, 0.0
-    for name in ("decoder.embed.weight", *(f"head.{name}" for name, _ in Head(config).named_parameters())):
+    yield from _outer(config, read, peer, table)
+
+
+def _outer(
+    config: DecoderConfig,
+    read: Read,
+    peer: Peer,
+    table: Mapping[str, str],
+) -> Iterator[Difference]:
+    """What stands outside the layers, tensor by tensor.
+
+    Of a tied model also the head that lies in the folder all the same, if one does.
+    """
+    norms = (f"head.{name}" for name, _ in Head(config).named_parameters() if name != "weight")
+    named = {"embedding": "decoder.embed.weight", _head(config): "head.weight"}
+    for part, name in (*named.items(), *((f"final {name[5:]}", name) for name in norms)):
         made = hf.origin(name, table)
         assert made is not None
-        theirs = peer.read(made.theirs[0])
-        d = _difference("", read(name).float(), theirs.to(peer.cast or theirs.dtype).float())
-        largest, magnitude = max(largest, d.largest), max(magnitude, d.magnitude)
-    yield Difference(part="embedding, norm and head", largest=largest, magnitude=magnitude)
+        tied = config.tied and name == "head.weight"
+        if tied and made.theirs[0] not in peer.names:
+            continue
+        mine = read("decoder.embed.weight" if tied else name)
+        yield one_tensor(part, mine, peer.read(made.theirs[0]), cast=peer.cast)
 
 
 # Our side.

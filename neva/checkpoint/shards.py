@@ -23,8 +23,14 @@ DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 """Name of a dtype in a safetensors header -> torch's."""
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Where a folder's weights are looked for, in transformers' order: the first there counts."""
+SAFE = ".safetensors"
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How the text begins that Git leaves in place of a large file where LFS did not run."""
 
@@ -36,6 +42,8 @@ class Entry:
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    stored: str = ""
+    """Its name in the file, where it is called otherwise here."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,6 +56,7 @@ class Shards:
     def read(self, name: str) -> Tensor:
         """A tensor, copied out of its file. CheckpointError if it holds a NaN or an infinity: such a file is damaged."""
         entry = self.entries[name]
+        name = entry.stored or name
         if entry.file.suffix == ".safetensors":
             # Opened anew each time: an open file keeps every page in memory that was ever read from it.
             with _named(entry.file), safe_open(entry.file, framework="pt") as file:
@@ -76,20 +85,58 @@ class Shards:
 
 
 def open_shards(folder: Path, *, files: tuple[str, ...] = ()) -> Shards:
-    """The tensors of a folder: those that its index lists, else of its one file, or of the named `files`.
+    """The tensors of a folder: those of the first of its `weight_sets`, or of the named `files`.
 
-    CheckpointError with the file and the reason for a missing or damaged file, and for an index that is wrong.
+    CheckpointError with the file and the reason for a missing or damaged file, and for an index
+    that is wrong.
     """
     if files:
         return Shards(entries=_merged([folder / name for name in files]))
-    for name in INDEXES:
-        if (folder / name).is_file():
-            return Shards(entries=_indexed(folder / name))
-    for name in SINGLE:
-        if (folder / name).is_file():
-            return Shards(entries=_merged([folder / name]))
-    there = sorted(path.name for path in folder.iterdir())
-    raise CheckpointError(f"{folder} holds no weights: expected one of {', '.join((*INDEXES, *SINGLE))}, found {few(there) or 'nothing'}.")
+    if sets := weight_sets(folder):
+        first = folder / sets[0]
+        return Shards(entries=_indexed(first) if first.suffix == ".json" else _merged([first]))
+    there = few(sorted(path.name for path in folder.iterdir())) or "nothing"
+    wanted = ", ".join(WEIGHTS)
+    raise CheckpointError(f"{folder} holds no weights: expected one of {wanted}, found {there}.")
+
+
+def weight_sets(folder: Path) -> list[str]:
+    """The files, a model or an index each, that a folder's weights could be read from.
+
+    transformers reads the first and does not look at the others. The file that config.json names
+    as `transformers_weights` comes before all.
+    """
+    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    described = folder / "config.json"
+    named = read_json(described).get("transformers_weights") if described.is_file() else None
+    if not named:
+        return found
+    said = f"{described} says transformers_weights={named!r}"
+    if Path(str(named)).name != named or not str(named).endswith((SAFE, SAFE + ".index.json")):
+        legal = f"a {SAFE} file, or the {SAFE}.index.json of several, in the same folder"
+        raise CheckpointError(f"{said}, which must be {legal}.")
+    if not (folder / named).is_file():
+        raise CheckpointError(f"{said}, which is not there. Download it.")
+    return [named, *(name for name in found if name != named)]
+
+
+def converted(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
+    """A floating-point tensor in another dtype, if one is given; other numbers as they are.
+
+    CheckpointError naming the tensor where a value is beyond what the dtype can hold.
+    """
+    if dtype is None or dtype == tensor.dtype or not tensor.is_floating_point():
+        return tensor
+    made = tensor.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and not bool(made.isfinite().all()):
+        kind = str(dtype).removeprefix("torch.")
+        most = float(tensor.abs().max())
+        raise CheckpointError(
+            f"{name!r} has values up to {most:.3g}, but {kind} holds none over "
+            f"{torch.finfo(dtype).max:.3g}: keep its dtype, or convert to bf16 or fp32."
+        )
+    return made
 
 
 def read_json(path: Path) -> dict[str, Any]:

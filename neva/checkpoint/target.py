@@ -145,10 +145,9 @@ def _decoder(folder: Path, described: Mapping[str, Any], model: VLMConfig, names
     written = hf_config.decoder_json(model.decoder, _decoder_source(origin))
     own = tuple(name for name in names if part_of(name) in ("decoder", "head"))
     alone = origin.is_a("decoder")
-    extra = {name: tensor for name, tensor in origin.unused.items() if alone and name == "lm_head.weight"}
     tokens, encoder = _text(folder, described, model, origin, images=False)
     return Target(
-        kind="decoder", config=written, table=hf_config.DECODERS[written["model_type"]].table, names=own, extra=extra,
+        kind="decoder", config=written, table=hf_config.DECODERS[written["model_type"]].table, names=own,
         odd_names=origin.odd_names if alone and options.keys == "source" else {}, files=tokens.files, encoder=encoder,
         model=VLMConfig(decoder=replace(model.decoder, cross_layers=()), vision=None, projector="none"),
     )  # fmt: skip
@@ -162,8 +161,7 @@ def _decoder_source(origin: Origin) -> Mapping[str, Any] | None:
     elif "llm_config" in source:
         source = hf_vlm.nvlm_text(source)
     elif "mm_vision_tower" in source:
-        plain = {name: value for name, value in source.items() if not re.match(r"mm_|image_|tune_|freeze_|use_mm|unfreeze_", name)}
-        source = {**plain, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        source = hf_vlm.original_text(source)
     return source if source.get("model_type") in hf_config.DECODERS else None
 
 
@@ -244,7 +242,7 @@ def _llava(folder: Path, described: Mapping[str, Any], model: VLMConfig, names: 
     table = hf.llava_table(hf_config.DECODERS[written["text_config"]["model_type"]].table, family.table if family else hf.HF_VISION)
     return Target(
         kind="vlm", config=written, table=table, names=names, grow=grow, model=whole, vision=vision,
-        extra={("language_model." if name == "lm_head.weight" else "vision_tower.") + name: tensor for name, tensor in extra.items()},
+        extra={f"vision_tower.{name}": tensor for name, tensor in extra.items()},
         odd_names=origin.odd_names if source and options.keys == "source" else {},
         files={**_processor_files(model.vision, model.image, origin if source else Origin(), vlm=True), **tokens.files}, encoder=encoder,
     )  # fmt: skip

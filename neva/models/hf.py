@@ -148,6 +148,9 @@ NVLM_PROJECTOR: dict[str, str] = {
 }
 """nvidia/NVLM-D-72B."""
 
+TOWER = re.compile(r"model\.vision_tower\.(vision_tower\.)?")
+"""How the names of an encoder begin in LLaVA's own layout; it is in the file where it was tuned."""
+
 UNUSED = (r"(.*\.)?rotary_emb\.inv_freq", r"(visual|text)_projection\.weight", r"text_model\..*", r"logit_(scale|bias)")
 """Patterns of more tensors that our models do not compute: old buffers, and the text tower of a CLIP."""
 
@@ -178,9 +181,9 @@ def nvlm_table(decoder: Mapping[str, str]) -> dict[str, str]:
     return {**prefixed(inside, "language_model."), **prefixed(INTERN_VIT, "vision_model."), **NVLM_PROJECTOR}
 
 
-def original_table(decoder: Mapping[str, str], vision: Mapping[str, str]) -> dict[str, str]:
-    """The layout of LLaVA's own repository; its encoder is in the file only where it was trained."""
-    return {**decoder, **prefixed(vision, "model.vision_tower.vision_tower."), **ORIGINAL_PROJECTOR}
+def original_table(decoder: Mapping[str, str]) -> dict[str, str]:
+    """The layout of LLaVA's own repository around a decoder's, without an encoder (`TOWER`)."""
+    return {**decoder, **ORIGINAL_PROJECTOR}
 
 
 @dataclass(frozen=True, kw_only=True)

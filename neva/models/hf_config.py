@@ -61,7 +61,7 @@ DECODERS: dict[str, Family] = {
         fields={**SIZES, "rms_norm_eps": "eps", "attention_bias": ("qkv_bias", "out_bias"), "mlp_bias": "mlp_bias"},
         defaults={**LLAMA_SIZES, "attention_bias": False, "mlp_bias": False},
         always={"norm": "rmsnorm", "mlp": "swiglu"},
-        must={"hidden_act": "silu", "pretraining_tp": 1},
+        must={"hidden_act": "silu"},
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",

@@ -1,10 +1,21 @@
 """Hugging Face config.json and processor files of whole VLMs <-> ours: LLaVA in both layouts, LLaVA-NeXT, NVLM-D."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from neva.models.hf_config import IMAGENET_MEAN, IMAGENET_STD, Json, decoder_config, decoder_json, must, vision_config, vision_json
+from neva.models.hf_config import (
+    DECODERS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Json,
+    decoder_config,
+    decoder_json,
+    must,
+    vision_config,
+    vision_json,
+)
 from neva.models.vit import Feature, VisionConfig
 from neva.models.vlm import ImageConfig, VLMConfig
 
@@ -24,17 +35,30 @@ def llava_config(config: Json) -> VLMConfig:
     following = config.get("model_type") == "llava_next"
     must(c, {"projector_hidden_act": "gelu", "multimodal_projector_bias": True})
     must(c, {"use_image_newline_parameter": True} if following else {"image_grid_pinpoints": None})
-    if not isinstance(c["vision_feature_layer"], int):
-        raise ValueError(f"config.json says vision_feature_layer={c['vision_feature_layer']}; one layer can be read, not several joined.")
-    text = {"model_type": "llama", "tie_word_embeddings": c.get("tie_word_embeddings", False), **c["text_config"]}
-    vision = vision_config(c["vision_config"], select_layer=c["vision_feature_layer"])
+    layer = c["vision_feature_layer"]
+    if isinstance(layer, list) and len(layer) == 1:
+        (layer,) = layer
+    if not isinstance(layer, int):
+        said = f"config.json says vision_feature_layer={layer}"
+        raise ValueError(f"{said}; one layer can be read, not several joined.")
+    vision = vision_config(c["vision_config"], select_layer=layer)
     strategy = c["vision_feature_select_strategy"]
     if not vision.class_token and strategy != "full":
         raise ValueError(f"vision_feature_select_strategy={strategy!r} drops the first patch of an encoder without class token; it must be 'full'.")
     if vision.class_token:
         vision = replace(vision, feature=FEATURES[strategy])
     image = ImageConfig(aspect="anyres", pinpoints=_pinpoints(c.get("image_grid_pinpoints") or PINPOINTS)) if following else ImageConfig()
-    return VLMConfig(decoder=decoder_config(text), vision=vision, projector="mlp2x_gelu", image=image)
+    decoder = decoder_config(llava_text(c))
+    return VLMConfig(decoder=decoder, vision=vision, projector="mlp2x_gelu", image=image)
+
+
+def llava_text(config: Json) -> dict[str, Any]:
+    """The config.json of a LLaVA's decoder by itself, tied where transformers takes it for tied."""
+    text = {"model_type": "llama", **config["text_config"]}
+    tied = config.get("tie_word_embeddings", False)
+    if config["model_type"] == "llava":
+        tied = tied or text.get("tie_word_embeddings", False)
+    return {**text, "tie_word_embeddings": tied}
 
 
 def _pinpoints(listed: Any) -> tuple[tuple[int, int], ...]:
@@ -51,12 +75,67 @@ def original_config(config: Json, vision: VisionConfig) -> VLMConfig:
     if aspect is None:
         raise ValueError(f"config.json says image_aspect_ratio={config['image_aspect_ratio']!r}; pad and square can be imported.")
     return VLMConfig(
-        decoder=decoder_config({**config, "model_type": "llama"}),
+        decoder=decoder_config(original_text(config)),
         vision=replace(vision, select_layer=config["mm_vision_select_layer"], feature=feature),
         projector=str(kind),
         image=ImageConfig(aspect=aspect),  # type: ignore[arg-type]
         use_im_start_end=config.get("mm_use_im_start_end", False),
     )
+
+
+ORIGINAL = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_mixtral": "mixtral",
+    "llava_qwen": "qwen2",
+}
+"""`model_type` that LLaVA's own repository writes -> the family of the decoder."""
+ORIGINAL_CLASSES = {
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+    "LlavaMixtralForCausalLM": "mixtral",
+    "LlavaQwenForCausalLM": "qwen2",
+}
+"""Its class of a model -> the same."""
+BESIDE_TEXT = re.compile(r"mm_|image_|tune_|freeze_|use_mm|unfreeze_|tokenizer_")
+"""How the fields begin that it writes beside those of the decoder."""
+
+
+def original_text(config: Json) -> dict[str, Any]:
+    """The config.json of the decoder in a LLaVA of the original repository.
+
+    ValueError where `model_type` or the class names a decoder that we do not compute.
+    """
+    model_type = str(config.get("model_type"))
+    family = ORIGINAL.get(model_type, model_type)
+    named = config.get("architectures") or []
+    classes = [str(name) for name in named if str(name).startswith("Llava")]
+    if classes and model_type == "llava":  # what its first versions wrote whatever the decoder was
+        family = ORIGINAL_CLASSES.get(classes[0], classes[0])
+    if family not in DECODERS:
+        raise ValueError(
+            f"config.json says model_type={model_type!r}, architectures={named}: a LLaVA of that "
+            f"decoder is not supported yet; there are {', '.join(ORIGINAL)}."
+        )
+    if classes and ORIGINAL_CLASSES.get(classes[0], family) != family:
+        raise ValueError(
+            f"config.json says model_type={model_type!r}, but architectures={named}: they name "
+            f"decoders of different families, whose windows and biases differ. Correct one of them."
+        )
+    plain = {name: value for name, value in config.items() if not BESIDE_TEXT.match(name)}
+    return {**plain, "model_type": family, "architectures": [DECODERS[family].architecture]}
+
+
+def named_side(name: str) -> int:
+    """Pixels a side that the name of a published encoder tells; 0 where it tells none.
+
+    named_side("openai/clip-vit-large-patch14-336") == 336
+    """
+    match = re.search(r"patch\d+-(\d{2,4})$|-(\d{2,4})px(?:-|$)", name)
+    if match:
+        return int(match[1] or match[2])
+    return 224 if re.search(r"clip-vit-.*patch\d+$", name) else 0
 
 
 ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
@@ -122,9 +201,14 @@ def image_config(processor: Json, file: str = "preprocessor_config.json") -> tup
         filters = ", ".join(f"{number} ({name})" for number, name in RESAMPLE.items())
         raise ValueError(f"{file} says resample={p['resample']!r}; {filters} can be imported.")
     aspect = "pad" if padded else "crop" if cropped else "square"
+    views: dict[str, Any] = {}
+    if kind.startswith("LlavaNext") or p.get("image_grid_pinpoints"):
+        aspect = "anyres"
+        views = {"pinpoints": _pinpoints(p.get("image_grid_pinpoints") or PINPOINTS)}
     found = {"image": side, "mean": tuple(p["image_mean"]) if "image_mean" in p else None, "std": tuple(p["image_std"]) if "image_std" in p else None}
     resample: Any = RESAMPLE[p.get("resample", 3)]
-    return ImageConfig(aspect=aspect, resample=resample), {name: value for name, value in found.items() if value}  # type: ignore[arg-type]
+    pixels = {name: value for name, value in found.items() if value}
+    return ImageConfig(aspect=aspect, resample=resample, **views), pixels  # type: ignore[arg-type]
 
 
 # Writing.

@@ -325,13 +325,15 @@ def not_finite(folder: Path) -> str:
 
 
 def wrong_index(folder: Path) -> str:
-    names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**names, "model.layers.9.x": "model.safetensors"}}))
+    file = (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    names = dict.fromkeys([*load_file(file), "model.layers.9.x"], file.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     return r"index.json is wrong: it lists 'model.layers.9.x'"
 
 
 def missing_file(folder: Path) -> str:
-    names = dict.fromkeys(load_file(folder / "model.safetensors"), "model-2.safetensors")
+    file = (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    names = dict.fromkeys(load_file(file), "model-2.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     return r"lists files that are not there: model-2.safetensors"
 
@@ -521,7 +523,8 @@ def test_transformers_encoders(config, tmp_path):
     """An encoder that we do not compute runs as transformers' own, in a VLM, with its processor's size, mean, std and filter."""
     theirs = build(config, tmp_path / "seen")
     side = 28 if config.model_type == "dinov2" else 56
-    settings = {"do_resize": True, "do_rescale": True, "do_normalize": True, "size": {"height": side, "width": side}, "image_mean": [0.4, 0.5, 0.6],
+    settings = {"do_resize": True, "do_center_crop": False, "do_rescale": True, "do_normalize": True,
+                "size": {"height": side, "width": side}, "image_mean": [0.4, 0.5, 0.6],
                 "image_std": [0.2, 0.3, 0.4], "resample": 2, "rescale_factor": 1 / 255}  # fmt: skip
     (tmp_path / "seen" / "preprocessor_config.json").write_text(json.dumps(settings))
     build(llama(vocab_size=SIZE), tmp_path / "text")
