@@ -102,7 +102,8 @@ def _check_settings(source: Source) -> None:
     import transformers
 
     assert isinstance(source.model, VLMConfig) and source.model.vision is not None
-    theirs: Any = transformers.AutoConfig.from_pretrained(source.folder)
+    read = transformers.AutoConfig.from_pretrained
+    theirs: Any = read(source.folder, trust_remote_code=False)
     layer = theirs.vision_feature_layer
     said = {
         "vision_feature_layer": layer if isinstance(layer, list) else [layer],
