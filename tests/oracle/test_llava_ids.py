@@ -1,9 +1,11 @@
 """Our token ids and labels against LLaVA's own preprocessing (its `v1`, `v0`, `llama_2` and `plain`, run with its LlamaTokenizer).
 
 `tests/data/llava_prompts.json` holds what does not depend on the tokenizer: LLaVA's prompts and the texts that it puts loss on.
-The ids themselves need Llama-2's tokenizer, which we may not ship; they are compared where the shared data folder has it.
+The ids themselves need Llama-2's tokenizer, which we may not ship; they are compared where the shared data folder has it. Qwen's and GPT-2's
+tokenizers are in `tests/data/tokenizers`.
 """
 
+import gzip
 import json
 from itertools import groupby
 from pathlib import Path
@@ -52,20 +54,15 @@ def test_ids_and_labels_equal_llavas(template: str) -> None:
         assert labels == row["labels"], row["id"]
 
 
-VOCABULARIES = {
-    "llama-spm": "llama2/tokenizer.model",
-    "llama-bpe": "llama3/tokenizer.model",
-    "qwen2": "qwen/qwen.tiktoken",
-    "gpt-2": "gpt2/encoder.json",
-}
+def unpacked(folder: Path, name: str) -> Path:
+    """The shipped tokenizer's files, which lie compressed in tests/data; gives the folder."""
+    for packed in sorted((DATA / "tokenizers" / name).glob("*.gz")):
+        (folder / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+    return folder
 
 
-@needs_shared
-@pytest.mark.parametrize("name", VOCABULARIES)
-def test_ids_equal_llama_cpps(name: str) -> None:
-    """SentencePiece, tiktoken's ranks and GPT-2's pair of files give the ids that llama.cpp expects of them."""
-    tokenizer = load_tokenizer(SHARED / "tokenizers" / VOCABULARIES[name])
-    folder = SHARED / "tokenizers/expected_ids"
+def equal_to_llama_cpps(tokenizer: Tokenizer, name: str) -> None:
+    folder = DATA / "tokenizers" / "expected_ids"
     texts = (folder / f"{name}.inp").read_text().split("\n__ggml_vocab_test__\n")
     lines = (folder / f"{name}.out").read_text().splitlines()
     assert len(lines) >= 46
@@ -73,12 +70,25 @@ def test_ids_equal_llama_cpps(name: str) -> None:
         assert tokenizer.encode(text) == [int(id) for id in line.split()], text
 
 
+@pytest.mark.parametrize(("name", "file"), [("qwen2", "qwen/qwen.tiktoken"), ("gpt-2", "gpt2/encoder.json")])
+def test_ids_equal_llama_cpps(name: str, file: str, tmp_path: Path) -> None:
+    """tiktoken's ranks and GPT-2's pair of files give the ids that llama.cpp expects of them."""
+    folder, _, own = file.partition("/")
+    equal_to_llama_cpps(load_tokenizer(unpacked(tmp_path, folder) / own), name)
+
+
+@needs_shared
+@pytest.mark.parametrize(("name", "file"), [("llama-spm", "llama2"), ("llama-bpe", "llama3")])
+def test_ids_of_llamas_own_tokenizers_equal_llama_cpps(name: str, file: str) -> None:
+    equal_to_llama_cpps(load_tokenizer(SHARED / "tokenizers" / file / "tokenizer.model"), name)
+
+
 @needs_shared
 def test_sentencepiece_as_json_keeps_the_ids() -> None:
     """The tokenizer.json that an export writes for a SentencePiece model gives the same ids, special tokens inside a text included."""
     tokenizer = load_tokenizer(SHARED / "tokenizers/llama2/tokenizer.model")
     written = JsonTokenizer(from_sentencepiece(tokenizer.files["tokenizer.model"]))
-    texts = (SHARED / "tokenizers/expected_ids/llama-spm.inp").read_text().split("\n__ggml_vocab_test__\n")
+    texts = (DATA / "tokenizers/expected_ids/llama-spm.inp").read_text().split("\n__ggml_vocab_test__\n")
     texts += ["USER: <s>a</s>b ASSISTANT: yes</s>USER: no", "</s>\n\nx", " a  b ", "ä€😀\x00"]
     for text in texts:
         assert written.encode(text) == tokenizer.encode(text), text
