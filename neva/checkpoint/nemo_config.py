@@ -120,10 +120,15 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     factor = read(c, "seq_len_interpolation_factor", number) if "seq_len_interpolation_factor" in c else None
     if factor is not None and factor <= 0:
         raise ValueError(f"seq_len_interpolation_factor: {factor} must be more than 0")
+    layers = read(c, "num_layers", size)
+    chosen = read(c, "moe_router_topk", size)
+    # Megatron adds up the layers' balance losses, each divided by the experts of a token.
+    # Ours is the mean over layers.
+    balance = read(c, "moe_aux_loss_coeff", amount) * layers / chosen
     return DecoderConfig(
         vocab=read(c, "override_vocab_size" if "override_vocab_size" in c else "padded_vocab_size", size),
         width=width,
-        layers=read(c, "num_layers", size),
+        layers=layers,
         heads=heads,
         kv_heads=read(c, "num_query_groups", size) if "num_query_groups" in c else heads,
         ffn=read(c, "ffn_hidden_size", size) if "ffn_hidden_size" in c else 4 * width,
@@ -142,8 +147,8 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         max_positions=read(c, "max_position_embeddings" if "max_position_embeddings" in c else "encoder_seq_length", size),
         tied=read(c, "share_embeddings_and_output_weights", flag),
         experts=read(c, "num_moe_experts", whole) if "num_moe_experts" in c else 0,
-        active_experts=read(c, "moe_router_topk", size),
-        balance=read(c, "moe_aux_loss_coeff", amount),
+        active_experts=chosen,
+        balance=balance,
         embedding_dropout=read(c, "hidden_dropout", amount),
         hidden_dropout=read(c, "hidden_dropout", amount),
         attention_dropout=read(c, "attention_dropout", amount),

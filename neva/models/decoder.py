@@ -66,7 +66,11 @@ class DecoderConfig:
     """MLPs in a block, of which a router chooses `active_experts` for each token; 0 is one MLP without a router."""
     active_experts: int = 2
     balance: float = 0.0
-    """Weight in the loss of the experts' load balance."""
+    """Weight in the loss of the experts' load balance, a mean over layers (`moe.balance_loss`).
+
+    It is transformers' `router_aux_loss_coef`. Megatron adds up over layers and divides by the
+    experts of a token, so that this is `layers / active_experts` times its `moe_aux_loss_coeff`.
+    """
     cross_layers: tuple[int, ...] = ()
     """Numbers of the layers, from 0, with cross-attention to image tiles between self-attention and MLP."""
     cross: CrossConfig = field(default_factory=CrossConfig)
@@ -119,9 +123,10 @@ class DecoderConfig:
     @property
     def reach(self) -> int:
         """Longest document that the model reads."""
-        if self.rope_scaling is None or self.rope_scaling.kind == "llama3":  # of which max_positions already speaks
+        scaling = None if self.positions == "learned" else self.rope_scaling
+        if scaling is None or scaling.kind == "llama3":  # of which max_positions already speaks
             return self.max_positions
-        return int(self.max_positions * self.rope_scaling.factor)
+        return int(self.max_positions * scaling.factor)
 
 
 class Block(nn.Module):
@@ -141,7 +146,15 @@ class Block(nn.Module):
             )  # fmt: skip
         self.mlp_norm = NORMS[c.norm](c.width, c.eps)
         if c.experts:
-            self.mlp = MoE(c.width, c.ffn, c.mlp, experts=c.experts, active=c.active_experts, balance=c.balance, dropout=c.ffn_dropout)
+            self.mlp = MoE(
+                c.width,
+                c.ffn,
+                c.mlp,
+                experts=c.experts,
+                active=c.active_experts,
+                balance=c.balance / c.layers,
+                dropout=c.ffn_dropout,
+            )
         else:
             self.mlp = (GatedMLP if c.mlp in GATED else MLP)(c.width, c.ffn, c.mlp, bias=c.mlp_bias, dropout=c.ffn_dropout)
         self.dropout = nn.Dropout(c.hidden_dropout)
@@ -149,7 +162,7 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "b s d"], layout: Documents, angles: tuple[Tensor, Tensor] | None, memory: Float[Tensor, "y d"] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Gives the hidden states [b, s, d] and the experts' balance loss, None without one."""
+        """Gives the hidden states [b, s, d] and the layer's share of the balance loss, or None."""
         x = x + self.dropout(self.attention(self.attention_norm(x), layout, angles))
         if self.cross is not None and (memory is not None or (layout.cache is not None and layout.cache.memory)):
             x = self.cross(x, layout, memory)
@@ -172,9 +185,10 @@ class Decoder(nn.Module):
     def forward(
         self, x: Float[Tensor, "b s d"], positions: Int64[Tensor, "b s"], layout: Documents, memory: Float[Tensor, "y d"] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Embedded tokens -> hidden states [b, s, d] before the final norm, and the blocks' balance losses added up.
+        """Embedded tokens -> hidden states [b, s, d] before the final norm, and the balance loss.
 
-        `memory` is what cross-attention reads; None leaves it out.
+        The balance loss is weighted, and the sum of the blocks' shares. `memory` is what
+        cross-attention reads; None leaves it out.
         """
         angles = None
         if self.positions is not None:

@@ -352,7 +352,10 @@ def _untrained(config: DecoderConfig) -> DecoderConfig:
     width, scaling = None if config.head * config.heads == config.width else config.head, config.rope_scaling
     if scaling is not None and scaling.kind != "llama3":
         scaling = RopeScaling(kind=scaling.kind, factor=scaling.factor)  # the others are llama3's
-    plain = replace(config, embedding_dropout=0.0, hidden_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0, balance=0.0)
+    dropouts = ("embedding_dropout", "hidden_dropout", "attention_dropout", "ffn_dropout")
+    plain = replace(config, **dict.fromkeys(dropouts, 0.0))
+    if not config.experts:  # nothing to balance
+        plain = replace(plain, balance=0.0)
     return replace(plain, head_width=width, rope_scaling=scaling, cross_layers=(), cross=CrossConfig())  # which is no part of a text model
 
 

@@ -5,14 +5,20 @@ Shapes: b rows, s tokens in a row, t = b*s, d model width, f width inside an exp
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor, nn
 
 from neva.models.layers import GATED
 
+ALIGNED = 8
+"""`F.grouped_mm` takes matrices whose rows begin at multiples of 16 bytes: 8 numbers of 2 bytes."""
+
 
 class Experts(nn.Module):
-    """Gated MLPs side by side, each applied to its own run of rows."""
+    """Gated MLPs side by side, each applied to its own run of rows.
+
+    Widths that are no multiple of `ALIGNED` cost a copy of the weights in each forward.
+    """
 
     def __init__(self, width: int, ffn: int, kind: str, *, experts: int, dropout: float = 0.0):
         super().__init__()
@@ -24,9 +30,33 @@ class Experts(nn.Module):
     def forward(self, rows: Float[Tensor, "n d"], counts: Int64[Tensor, " x"]) -> Float[Tensor, "n d"]:
         """The first `counts[0]` rows go through expert 0, the next `counts[1]` through expert 1, and so on; counts add up to n."""
         ends = counts.cumsum(0, dtype=torch.int32)
-        gate, up = (F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends) for weight in (self.gate, self.up))
-        inside = F.dropout(self.activation(gate) * up, self.dropout, self.training)
-        return F.grouped_mm(inside, self.down.transpose(-2, -1), offs=ends)
+        width = rows.shape[-1]
+        rows = _aligned(rows, 1)
+        gate, up, down = (_aligned(weight, 2) for weight in (self.gate, self.up, self.down))
+        product = F.grouped_mm if rows.dtype == torch.bfloat16 else _grouped_uncompiled
+        opened = self.activation(product(rows, gate.transpose(-2, -1), offs=ends))
+        inside = opened * product(rows, up.transpose(-2, -1), offs=ends)
+        inside = F.dropout(inside, self.dropout, self.training)
+        return product(inside, down.transpose(-2, -1), offs=ends)[:, :width]
+
+
+@torch.compiler.disable
+def _grouped_uncompiled(
+    rows: Float[Tensor, "n d"],
+    weights: Float[Tensor, "x d f"],
+    *,
+    offs: Int32[Tensor, " x"],
+) -> Float[Tensor, "n f"]:
+    """`F.grouped_mm` as a break in a compiled graph: torch compiles it in bfloat16 alone."""
+    return F.grouped_mm(rows, weights, offs=offs)
+
+
+def _aligned(x: Float[Tensor, "*n d"], dimensions: int) -> Float[Tensor, "*m e"]:
+    """The tensor with zeros behind its last dimensions, up to multiples of `ALIGNED`."""
+    missing = [-size % ALIGNED for size in reversed(x.shape[-dimensions:])]
+    if not any(missing):
+        return x
+    return F.pad(x, [pad for size in missing for pad in (0, size)])
 
 
 class MoE(nn.Module):
@@ -53,10 +83,16 @@ class MoE(nn.Module):
 
 
 def balance_loss(scores: Float[Tensor, "t x"], chosen: Int64[Tensor, "t k"], segments: Int64[Tensor, "b s"]) -> Float[Tensor, ""]:
-    """Mean over rows of x * sum over experts of (share of the row's tokens that chose it) * (its mean probability in the row).
+    """One layer's loss, the mean over rows of x * sum over experts of (share of the row's tokens
+    that chose it) * (its mean probability in the row).
 
-    Padding does not count. k for perfectly even routing. Source: Switch Transformer, arXiv 2101.03961, section 2.2; of one row it is
-    transformers' `load_balancing_loss_func` of one layer.
+    Padding does not count; a row of nothing else gives 0. Perfectly even routing gives k. Source:
+    Switch Transformer, arXiv 2101.03961, section 2.2. The model's loss is `DecoderConfig.balance`
+    times the mean over layers, which can be added up over the stages of a pipeline.
+
+    transformers' `load_balancing_loss_func`, called with one layer of one row, gives the same.
+    Called with all layers it pools shares and probabilities over them before it multiplies: near
+    to the mean, not equal.
     """
     experts = scores.shape[-1]
     real = (segments > 0).to(scores.dtype)[..., None]

@@ -230,7 +230,10 @@ KEYS: dict[str, Rule] = {
     "model.window_size": ("to", "model.decoder.window"),
     "model.num_moe_experts": ("to", "model.decoder.experts"),
     "model.moe_router_topk": ("to", "model.decoder.active_experts"),
-    "model.moe_aux_loss_coeff": ("to", "model.decoder.balance"),
+    "model.moe_aux_loss_coeff": (
+        "to",
+        "model.decoder.balance, times layers / active_experts (Megatron adds up over layers)",
+    ),
     "model.moe_grouped_gemm": ("none", "names a kernel"),
     "model.moe_token_dispatcher_type": ("none", "every rank computes all experts of its tokens"),
     "model.moe_*": ("no", "the router is Mixtral's: softmax over all experts, the likeliest k, their weights adding up to 1"),

@@ -342,6 +342,29 @@ def test_compiled_blocks_give_the_same_losses_and_names(data: Path, tmp_path: Pa
         assert weights(tmp_path / name, config).keys() == names
 
 
+ODD = ("model.decoder.width=36", "model.decoder.heads=2", "model.decoder.ffn=51")
+"""Sizes that are no multiple of 8."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(), ODD], ids=["", "odd sizes"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_experts_train(
+    data: Path,
+    tmp_path: Path,
+    precision: str,
+    sizes: tuple[str, ...],
+) -> None:
+    """A mixture of experts trains with compile=true as without, in either precision."""
+    source = (f"data.source={data}", f"data.image_folder={data.parent / 'images'}", "steps=2")
+    given = (*ONE, *source, *EXPERTS, *sizes, f"precision={precision}")
+    for compiled in ("false", "true"):
+        out = f"out={tmp_path / compiled}"
+        runs.run("train", "llava-tiny/finetune", *given, f"compile={compiled}", out)
+    tolerance = 1e-5 if precision == "fp32" else 1e-2
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=tolerance)
+
+
 # Reports
 
 

@@ -1,17 +1,34 @@
 """Every family against transformers: logits, gradients, cached decoding, greedy text. Our side comes out of the import of the saved folder."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from transformers.models.mixtral import modeling_mixtral
 
 from neva.batch import IGNORE, Batch
+from neva.checkpoint.nemo_config import decoder_config as nemo_decoder
 from neva.models.attention import Cache
-from neva.models.moe import balance_loss
+from neva.models.decoder import Decoder
+from neva.models.hf_config import decoder_config, decoder_json
+from neva.models.moe import Experts, balance_loss
 from neva.models.vit import normalise
-from tests.families import DECODERS, ENCODERS, IMAGE_ID, VLMS, Pair, build, internvl, llava, pair
+from tests.families import (
+    DECODERS,
+    ENCODERS,
+    IMAGE_ID,
+    VLMS,
+    Pair,
+    build,
+    internvl,
+    llama,
+    llava,
+    mixtral,
+    pair,
+)
 from tests.packed import Item, item, pack, real
 
 torch.set_num_threads(1)
@@ -161,17 +178,130 @@ def test_loss_of_padded_rows(tmp_path):
     assert (both.ours(batch).losses.sum() / batch.label_count - theirs).abs() < 1e-5
 
 
-def test_balance_loss_is_transformers():
-    """Of one row without padding, the experts' balance loss is `load_balancing_loss_func` of one layer."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+@pytest.mark.parametrize("chosen", [1, 2, 3])
+def test_the_balance_loss_is_transformers_layer_by_layer(chosen, tmp_path):
+    """Loss and gradients are those of transformers' function, called for each layer of each row.
 
-    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
-    scores = logits.softmax(-1)
-    ours = balance_loss(scores, scores.topk(2).indices, torch.ones(1, 50, dtype=torch.int64))
-    assert (ours - load_balancing_loss_func((logits,), num_experts=6, top_k=2)).abs() < 1e-6
-    padded = torch.cat((scores, torch.rand(7, 6).softmax(-1)))
-    segments = torch.tensor([[1] * 50 + [0] * 7])
-    assert (balance_loss(padded, padded.topk(2).indices, segments) - ours).abs() < 1e-6
+    Rows hold two samples, one, and none. The padding behind them, whose router says anything, is
+    masked.
+    """
+    weight = 0.7
+    both = pair(mixtral(num_experts_per_tok=chosen, router_aux_loss_coef=weight), tmp_path)
+    parts = both.samples()
+    rows = [parts[:2], parts[2:], []]
+    aux = both.ours.train()(pack(both.ours.config.layout, rows, 40)).aux
+    aux.backward()
+    theirs = sum(_their_balance(both, row, length=40) for row in rows[:2])
+    theirs = weight * theirs / len(rows)  # a row without a sample has no imbalance
+    assert aux.item() == pytest.approx(theirs.item(), rel=1e-5)
+    theirs.backward()
+    expected = both.gradients()
+    for name, parameter in both.ours.named_parameters():
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        largest = expected[name].abs().max()
+        assert (found - expected[name]).abs().max() <= 1e-3 * largest + 1e-7, name
+        assert "router" not in name or largest > 1e-3
+
+
+def _their_balance(both: Pair, row: list[Item], *, length: int) -> torch.Tensor:
+    """transformers' loss of each layer, over one row's samples and padding; the mean of these."""
+    routers = [block.mlp.gate for block in both.theirs.model.layers]
+    logits: list[list[torch.Tensor]] = [[] for _ in routers]
+    hooks = []
+    for router, kept in zip(routers, logits, strict=True):
+        note = partial(_note_logits, kept)
+        hooks.append(router.register_forward_hook(note))
+    for sample in row:
+        both.run_theirs(sample)
+    for hook in hooks:
+        hook.remove()
+    losses = []
+    for kept in logits:
+        real = torch.cat(kept)
+        padding = torch.randn(length - len(real), real.shape[1])
+        mask = torch.tensor([[1] * len(real) + [0] * len(padding)])
+        experts = {"num_experts": real.shape[1], "top_k": routers[0].top_k}
+        gate = (torch.cat((real, padding)),)
+        loss = modeling_mixtral.load_balancing_loss_func(gate, **experts, attention_mask=mask)
+        losses.append(loss)
+    return torch.stack(losses).mean()
+
+
+def _note_logits(kept: list[torch.Tensor], router, given, out) -> None:
+    kept.append(out[0])
+
+
+@pytest.mark.parametrize(("layers", "chosen"), [(1, 1), (4, 2), (3, 3)])
+def test_megatrons_balance_coefficient_gives_megatrons_loss(layers, chosen):
+    """NeMo's coefficient, converted, weighs as it does in Megatron-LM.
+
+    There each layer adds its `switch_load_balancing_loss_func`.
+    """
+    coefficient, experts, tokens = 0.02, 6, 50
+    config = {
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_layers": layers,
+        "num_moe_experts": experts,
+        "moe_router_topk": chosen,
+        "moe_aux_loss_coeff": coefficient,
+        "max_position_embeddings": 64,
+        "activation": "fast-swiglu",
+        "bias": False,
+        "normalization": "rmsnorm",
+        "position_embedding_type": "rope",
+    }
+    decoder = Decoder(nemo_decoder(config))
+    segments = torch.ones(1, tokens, dtype=torch.int64)
+    ours = torch.zeros(())
+    theirs = torch.zeros(())
+    for block in decoder.blocks:
+        probabilities = torch.rand(tokens, experts).mul(3).softmax(-1)
+        picked = probabilities.topk(chosen).indices
+        ours = ours + block.mlp.balance * balance_loss(probabilities, picked, segments)
+        counts = torch.bincount(picked.flatten(), minlength=experts)
+        scale = experts * coefficient / (tokens * tokens * chosen)
+        theirs = theirs + (probabilities.sum(0) * counts).sum() * scale
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_the_balance_coefficient_of_config_json_comes_back(tmp_path):
+    """Import and export keep the number in config.json, also where neva writes a new file."""
+    for number, coefficient in enumerate((0.02, 0.001, 0.0, 0.37)):
+        source = mixtral(router_aux_loss_coef=coefficient, num_hidden_layers=1 + number).to_dict()
+        ours = decoder_config(source)
+        assert ours.balance == coefficient
+        assert decoder_json(ours, source)["router_aux_loss_coef"] == coefficient
+        assert decoder_json(ours)["router_aux_loss_coef"] == coefficient
+        changed = decoder_json(replace(ours, balance=0.5), source)
+        assert changed == {**source, "router_aux_loss_coef": 0.5}
+    dense = decoder_json(replace(decoder_config(llama().to_dict()), balance=0.5))
+    assert dense["model_type"] == "llama"  # without experts there is nothing to weigh
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "ffn"), [(16, 24), (12, 20), (10, 21), (7, 8)])
+def test_experts_of_any_size_are_plain_matrix_products(width, ffn, dtype):
+    """Outputs and gradients are those of a loop over experts; one expert gets no row."""
+    torch.manual_seed(0)
+    experts = Experts(width, ffn, "swiglu", experts=4).to(dtype)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    rows = torch.randn(9, width, dtype=dtype, requires_grad=True)
+    counts, upstream = torch.tensor([3, 0, 5, 1]), torch.randn(9, width)
+    plain = []
+    parts = rows.float().split(counts.tolist())
+    for part, gate, up, down in zip(parts, *(p.float() for p in experts.parameters()), strict=True):
+        plain.append((torch.nn.functional.silu(part @ gate.T) * (part @ up.T)) @ down.T)
+    wanted = torch.cat(plain)
+    leaves = (rows, *experts.parameters())
+    expected = torch.autograd.grad(wanted, leaves, upstream)
+    found = experts(rows, counts)
+    gradients = torch.autograd.grad(found, leaves, upstream.to(dtype))
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for ours, theirs in zip((found, *gradients), (wanted, *expected), strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours.float() - theirs.float()).abs().max() <= tolerance * theirs.float().abs().max()
 
 
 def _gpt2(tmp_path) -> tuple[torch.nn.Module, dict, dict]:
