@@ -126,11 +126,17 @@ def best_pinpoint(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...])
 
 
 def fitted(size: tuple[int, int], pinpoint: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the image within its pinpoint, in proportion; the rest is padding."""
-    (width, height), (high, wide) = size, pinpoint
-    if wide / width < high / height:
-        return wide, min(math.ceil(height * wide / width), high)
-    return min(math.ceil(width * high / height), wide), high
+    """(width, height) of the image within its pinpoint, in proportion; the rest is padding.
+
+    The quotient is rounded before the product, as LLaVA's `resize_and_pad_image` and transformers'
+    `get_patch_output_size` do: for one size in 2,000 the other order gives another pixel.
+    """
+    width, height = size
+    high, wide = pinpoint
+    across, down = wide / width, high / height
+    if across < down:
+        return wide, min(math.ceil(height * across), high)
+    return min(math.ceil(width * down), wide), high
 
 
 def unpadded(size: tuple[int, int], columns: int, rows: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Dynamic high resolution: grids against a brute-force rule, pixels against Pillow and transformers, tags, any-resolution images."""
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,24 @@ import pytest
 import torch
 import transformers as tf
 from PIL import Image
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+from transformers.image_utils import ChannelDimension
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from neva.batch import IMAGE, NEWLINE, ImageLayout
 from neva.data.image import open_image, to_tiles
 from neva.data.sample import Sample, Turn
-from neva.data.tiling import Tiling, anyres_slots, tags, tile_grid, tiling
+from neva.data.tiling import (
+    Tiling,
+    anyres_slots,
+    best_pinpoint,
+    fitted,
+    tags,
+    tile_grid,
+    tiling,
+    unpadded,
+)
 from tests import nvlm_reference as reference
 
 LAYOUT = ImageLayout(tile=448, tokens_per_tile=256, aspect="tiles", max_tiles=6)
@@ -172,6 +185,39 @@ def test_any_resolution_features_equal_transformers(size: tuple[int, int]) -> No
     processor.image_processor, processor.patch_size = next_processor(), 14
     processor.num_additional_image_tokens, processor.vision_feature_select_strategy = 1, "default"
     assert processor._get_number_of_features(size[1], size[0], 336, 336) - 1 == len(features)  # it counts the class token, and takes it off later
+
+
+def test_any_resolution_geometry_equals_transformers() -> None:
+    """The grid, the resized image and the cut of its padding, of 40,000 sizes, some tiny."""
+    draw = random.Random(0)
+    pinpoints = [list(pinpoint) for pinpoint in PINPOINTS]
+    numbered = torch.arange(72 * 72).view(1, 72, 72)
+    for number in range(40000):
+        top = (60, 700, 2500, 9000)[number % 4]
+        size = draw.randint(1, top), draw.randint(1, top)
+        flipped = size[1], size[0]
+        best = best_pinpoint(size, PINPOINTS)
+        assert best == select_best_resolution(flipped, pinpoints)
+        blank = np.broadcast_to(np.uint8(0), (*flipped, 3))
+        high, wide = get_patch_output_size(blank, best, ChannelDimension.LAST)
+        assert fitted(size, best) == (wide, high), size
+        rows, columns = best[0] // 14, best[1] // 14
+        left, top = unpadded(size, columns, rows)
+        kept = unpad_image(numbered[:, :rows, :columns], flipped)
+        assert torch.equal(numbered[:, top : rows - top, left : columns - left], kept), size
+
+
+@pytest.mark.parametrize("size", [(155, 155), (38, 152), (300, 425), (121, 968), (209, 836)])
+def test_any_resolution_pixels_where_the_order_of_rounding_counts(size: tuple[int, int]) -> None:
+    """Sizes of which height * wide / width, rounded once, gives a pixel more or less."""
+    width, height = size
+    high, wide = best_pinpoint(size, PINPOINTS)
+    once = (wide, min(math.ceil(height * wide / width), high))
+    if wide / width >= high / height:
+        once = (min(math.ceil(width * high / height), wide), high)
+    assert fitted(size, (high, wide)) != once
+    test_any_resolution_tiles_equal_transformers(size)
+    test_any_resolution_features_equal_transformers(size)
 
 
 def test_any_resolution_tokens() -> None:
