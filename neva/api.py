@@ -296,8 +296,7 @@ def generate(
         raise ValueError("give a prompt, or data: a LLaVA-format file")
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
-        own = replace(chosen, seed=chosen.seed + start)  # a sample's stream does not depend on the batch size
-        for sample, answer in zip(part, generate_batch(loaded, part, own), strict=True):
+        for sample, answer in zip(part, generate_batch(loaded, part, chosen), strict=True):
             truth = {"truth": sample.turns[-1].text} if sample.turns[-1].role == "assistant" else {}
             yield {"id": sample.id, "text": answer.text, "finish": answer.finish, "tokens": len(answer.tokens), **truth}
 
@@ -315,15 +314,21 @@ def evaluate(
     max_new_tokens: int = 32,
     trust_code: bool = False,
 ) -> dict:
-    """Exact-match accuracy on a LLaVA-format file: {"accuracy": {kind: share}, "n": number of questions}.
+    """Exact-match accuracy on a LLaVA-format file.
 
     Every answer in the file is a question: the turns before it, as they stand, are its prompt.
+    Gives {"accuracy": {kind: share}, "n": number of questions, "errors": why some could not be
+    asked, such as a prompt that is too long}; these count as answered wrong.
     `trust_code` lets a function run that the checkpoint names in `image.process`.
     """
     loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, trust_code=trust_code)
     sampling = Sampling(max_new_tokens=max_new_tokens)
     judged = evaluation.evaluate(loaded, LlavaSource(data, image_folder), sampling=sampling, batch_size=batch_size)
-    return {"accuracy": evaluation.accuracy(judged), "n": len(judged)}
+    return {
+        "accuracy": evaluation.accuracy(judged),
+        "n": len(judged),
+        "errors": evaluation.errors(judged),
+    }
 
 
 def _score(config: TrainConfig, checkpoint: Path) -> dict[str, float]:
@@ -331,7 +336,11 @@ def _score(config: TrainConfig, checkpoint: Path) -> dict[str, float]:
     source = LlavaSource(config.evaluate.source, config.evaluate.image_folder)
     loaded = _load_own(config, checkpoint)
     judged = evaluation.evaluate(loaded, source, rank=ranks.rank(), world=ranks.world())
-    return evaluation.accuracy([j for part in ranks.share(judged) for j in part])
+    everything = [j for part in ranks.share(judged) for j in part]
+    failed = evaluation.errors(everything)
+    if failed and ranks.rank() == 0:
+        tree.tell(f"{len(failed)} of {len(everything)} questions were not asked: {failed[0]}")
+    return evaluation.accuracy(everything)
 
 
 def _load_own(config: TrainConfig, checkpoint: Path) -> Loaded:

@@ -197,6 +197,8 @@ def evaluate(checkpoint: str, as_json: bool, **options: Any) -> None:
     for kind, accuracy in result["accuracy"].items():
         table.add_row(Text(shown(kind)), f"{accuracy:.1%}")
     Console().print(table)
+    for error in result["errors"]:
+        _echo(f"Not asked, counted as wrong: {error}", err=True)
 
 
 @main.command("import")

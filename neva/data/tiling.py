@@ -5,7 +5,7 @@ Shapes: n tiles, p features of a tile.
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from jaxtyping import Int64
@@ -115,14 +115,16 @@ def best_pinpoint(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...])
     width, height = size
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width} x {height} pixels has nothing to show: leave the sample out")
+    return max(pinpoints, key=partial(_kept_and_wasted, size))
 
-    def quality(pinpoint: tuple[int, int]) -> tuple[int, int]:
-        high, wide = pinpoint
-        scale = min(wide / width, high / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        return kept, kept - wide * high
 
-    return max(pinpoints, key=quality)
+def _kept_and_wasted(size: tuple[int, int], pinpoint: tuple[int, int]) -> tuple[int, int]:
+    """Pixels that are kept of the image within the pinpoint, and minus those that say nothing."""
+    width, height = size
+    high, wide = pinpoint
+    scale = min(wide / width, high / height)
+    kept = min(int(width * scale) * int(height * scale), width * height)
+    return kept, kept - wide * high
 
 
 def fitted(size: tuple[int, int], pinpoint: tuple[int, int]) -> tuple[int, int]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from neva.data.image import image_size
-from neva.data.sample import MARKER, Sample
+from neva.data.sample import MARKER, Encoded, Sample, SampleError
 from neva.data.source import Source
 from neva.evaluate.score import exact_match
-from neva.infer.generate import Answer, Loaded, Sampling, generate
+from neva.infer.generate import Answer, Loaded, Sampling, generate_encoded, too_long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +43,30 @@ def questions(source: Source) -> Iterator[Question]:
 
 
 def answer_in_batches(loaded: Loaded, samples: Sequence[Sample], sampling: Sampling, *, batch_size: int) -> list[Answer]:
-    """The samples' answers, in their order; those of like length share a batch."""
+    """The samples' answers, in their order; those of like length share a batch.
+
+    A sample that cannot be encoded, or is too long for the model, has its error for an answer.
+    """
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].images), sum(len(turn.text) for turn in samples[i].turns)))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        answers |= dict(zip(chosen, generate(loaded, [samples[i] for i in chosen], sampling), strict=True))
+        prompts: dict[int, Encoded] = {}
+        for number in order[start : start + batch_size]:
+            try:
+                prompts[number] = _encode(loaded, samples[number])
+            except SampleError as error:
+                answers[number] = Answer(text="", tokens=(), finish="error", error=str(error))
+        given = generate_encoded(loaded, list(prompts.values()), sampling)
+        answers |= dict(zip(prompts, given, strict=True))
     return [answers[i] for i in range(len(samples))]
+
+
+def _encode(loaded: Loaded, sample: Sample) -> Encoded:
+    """A sample's prompt. SampleError for one that cannot be asked."""
+    prompt = loaded.encoder.encode(sample, labels=False)
+    if error := too_long(loaded, prompt):
+        raise error
+    return prompt
 
 
 def evaluate(
@@ -62,10 +79,18 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
 ) -> list[Judged]:
-    """Ask every question of the source, or every `world`-th from number `rank` on, and judge each answer."""
+    """Ask every question of the source and judge each answer.
+
+    With ranks, every `world`-th question from number `rank` on. One that could not be asked counts
+    as answered wrong; its answer's `error` says why.
+    """
     asked = list(questions(source))[rank::world]
     answers = answer_in_batches(loaded, [q.sample for q in asked], sampling or Sampling(max_new_tokens=32), batch_size=batch_size)
-    return [Judged(question=q, answer=a, right=score(a.text, q.truth)) for q, a in zip(asked, answers, strict=True)]
+    judged = []
+    for question, answer in zip(asked, answers, strict=True):
+        right = not answer.error and score(answer.text, question.truth)
+        judged.append(Judged(question=question, answer=answer, right=right))
+    return judged
 
 
 def accuracy(judged: Sequence[Judged]) -> dict[str, float]:
@@ -74,6 +99,11 @@ def accuracy(judged: Sequence[Judged]) -> dict[str, float]:
     for j in judged:
         rights[j.question.sample.kind or j.question.sample.source].append(j.right)
     return {kind: sum(row) / len(row) for kind, row in sorted(rights.items())}
+
+
+def errors(judged: Sequence[Judged]) -> list[str]:
+    """Why each question that could not be asked was not."""
+    return [j.answer.error for j in judged if j.answer.error]
 
 
 def best_blind(judged: Sequence[Judged]) -> dict[str, float]:

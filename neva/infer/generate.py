@@ -3,6 +3,8 @@
 Shapes: r requests, m slots of a cache row, v vocabulary.
 """
 
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from neva.checkpoint import store
 from neva.checkpoint.tokens import imported_ends
 from neva.data.encode import Encoder
 from neva.data.pack import Budget, collate, next_runs, run_sizes
-from neva.data.sample import Encoded, Sample
+from neva.data.sample import Encoded, Sample, SampleError
 from neva.data.tokenizer import load_tokenizer
 from neva.models.attention import Cache
 from neva.models.vlm import VLM, ImageConfig, VLMConfig
@@ -37,13 +39,18 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Texts or special tokens that end an answer, left out of it; besides the template's own."""
     seed: int = 0
-    """Seed of the sampling; each request draws from a stream of its own, whatever stands beside it in the batch."""
+    """Seed of the sampling. A sample's answer depends on it, the sample's source and id, and the
+    prompt, not on its place in a batch: for several answers to one question take several seeds."""
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(f"temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}: need >= 0, above 0 up to 1, and >= 0.")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            given = f"temperature={self.temperature}"
+            raise ValueError(f"{given} must be a finite number of at least 0.")
+        if not 0 < self.top_p <= 1 or self.top_k < 0:
+            given = f"top_p={self.top_p}, top_k={self.top_k}"
+            raise ValueError(f"{given}: need more than 0 and up to 1, and at least 0.")
         if "" in self.stop:
             raise ValueError("an empty stop text would end every answer at once; leave it out.")
 
@@ -56,7 +63,10 @@ class Answer:
     tokens: tuple[int, ...]
     """Generated ids, the end token left out."""
     finish: str
-    """`stop` at the end token or a stop text, `length` where tokens or positions ran out."""
+    """`stop` at the end token or a stop text, `length` where tokens or positions ran out, `error`
+    for a question that was not asked."""
+    error: str = ""
+    """Why it was not asked."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,6 +147,15 @@ def lay_out_for_decoding(model: VLM) -> None:
         weight.data = weight.data.T.contiguous().T
 
 
+def too_long(loaded: Loaded, prompt: Encoded) -> SampleError | None:
+    """The error of a prompt behind which the model has no position left; None for others."""
+    limit = loaded.model.config.decoder.reach
+    if len(prompt.tokens) < limit:
+        return None
+    has = f"its prompt has {len(prompt.tokens)} tokens"
+    return SampleError(*prompt.key, f"{has} but the model's positions end at {limit}: shorten it")
+
+
 def generate(loaded: Loaded, samples: Sequence[Sample], sampling: Sampling | None = None) -> list[Answer]:
     """Answer each sample's last question, all in one batch. Raises ValueError (named by sample) for what cannot be encoded."""
     return generate_encoded(loaded, [loaded.encoder.encode(sample, labels=False) for sample in samples], sampling or Sampling())
@@ -147,12 +166,11 @@ def generate_encoded(loaded: Loaded, prompts: Sequence[Encoded], sampling: Sampl
     """`generate` for prompts that are encoded already."""
     if not prompts:
         return []
-    limit = loaded.model.config.decoder.reach
     for prompt in prompts:
-        if len(prompt.tokens) >= limit:
-            has = f"its prompt has {len(prompt.tokens)} tokens"
-            raise ValueError(f"sample '{prompt.key[1]}' of '{prompt.key[0]}': {has} but the model's positions end at {limit}: shorten it")
-    requests = [_Request(loaded, sampling, number, room=limit - len(p.tokens)) for number, p in enumerate(prompts)]
+        if error := too_long(loaded, prompt):
+            raise error
+    limit = loaded.model.config.decoder.reach
+    requests = [_Request(loaded, sampling, prompt) for prompt in prompts]
     lengths = torch.tensor([len(p.tokens) for p in prompts])
     batch = _prefill_batch(loaded, prompts)
     slots = max(len(p.tokens) for p in prompts) + min(sampling.max_new_tokens, limit)
@@ -162,8 +180,9 @@ def generate_encoded(loaded: Loaded, prompts: Sequence[Encoded], sampling: Sampl
     chosen = [request.take(row) for request, row in zip(requests, _scores(logits, sampling), strict=True)]
     one = _step_batch(batch, prompts, loaded)
     rows, every = torch.arange(len(prompts)), torch.arange(len(prompts), device=loaded.device)
-    while not all(request.finish for request in requests):
-        lengths = lengths + 1
+    while any(not request.finish for request in requests):
+        # A finished request stands still: behind its last token there may be no position.
+        lengths = lengths + torch.tensor([not request.finish for request in requests])
         tokens = torch.tensor(chosen)[:, None]
         positions = (lengths - 1)[:, None]
         step = replace(one, tokens=tokens.to(loaded.device), positions=positions.to(loaded.device))
@@ -213,13 +232,14 @@ def _scores(logits: Float[Tensor, "r v"], sampling: Sampling) -> list:
 class _Request:
     """One request's tokens so far, and when it ends."""
 
-    def __init__(self, loaded: Loaded, sampling: Sampling, number: int, room: int):
+    def __init__(self, loaded: Loaded, sampling: Sampling, prompt: Encoded):
         self.tokenizer, self.sampling = loaded.encoder.tokenizer, sampling
         self.stops = (*sampling.stop, *loaded.encoder.stops)
         asked = {self.tokenizer.special(stop) for stop in sampling.stop} - {None}
         self.ends = loaded.encoder.stop_ids | loaded.stop_ids | asked
+        room = loaded.model.config.decoder.reach - len(prompt.tokens)
         self.room = min(room, sampling.max_new_tokens)
-        self.generator = torch.Generator().manual_seed(sampling.seed + number)
+        self.generator = _stream(sampling.seed, prompt)
         self.tokens: list[int] = []
         self.finish = ""
         self.text = ""
@@ -248,9 +268,18 @@ class _Request:
         return Answer(text=self.text.strip(), tokens=tuple(self.tokens), finish=self.finish)
 
 
+def _stream(seed: int, prompt: Encoded) -> torch.Generator:
+    """Random numbers for one prompt. The tokens tell apart the questions of one sample."""
+    said = repr((seed, prompt.key, prompt.tokens.tolist()))
+    digest = hashlib.sha256(said.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
 def draw(logits: Float[Tensor, " v"], sampling: Sampling, generator: torch.Generator) -> int:
     """A token from the tempered distribution, cut to its `top_k` likeliest, then to those that make up `top_p` of the mass."""
-    values, ids = (logits / sampling.temperature).sort(descending=True)
+    # Differences in double precision: the quotient of a tiny temperature stays a number.
+    logits = logits.double()
+    values, ids = ((logits - logits.max()) / sampling.temperature).sort(descending=True)
     if sampling.top_k:
         values, ids = values[: sampling.top_k], ids[: sampling.top_k]
     mass = values.softmax(-1)

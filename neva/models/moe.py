@@ -3,6 +3,8 @@
 Shapes: b rows, s tokens in a row, t = b*s, d model width, f width inside an expert, x experts, k experts of a token.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int32, Int64
@@ -33,7 +35,8 @@ class Experts(nn.Module):
         width = rows.shape[-1]
         rows = _aligned(rows, 1)
         gate, up, down = (_aligned(weight, 2) for weight in (self.gate, self.up, self.down))
-        product = F.grouped_mm if rows.dtype == torch.bfloat16 else _grouped_uncompiled
+        compiles = rows.dtype == torch.bfloat16
+        product: Callable[..., Tensor] = F.grouped_mm if compiles else _grouped_uncompiled
         opened = self.activation(product(rows, gate.transpose(-2, -1), offs=ends))
         inside = opened * product(rows, up.transpose(-2, -1), offs=ends)
         inside = F.dropout(inside, self.dropout, self.training)

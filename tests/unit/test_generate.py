@@ -15,10 +15,20 @@ from torch import Tensor
 import neva
 from neva import api
 from neva.cli import main
-from neva.data.sample import Sample, Turn
+from neva.data.sample import Encoded, Sample, Turn
 from neva.data.source import LlavaSource
 from neva.data.tokenizer import JsonTokenizer
-from neva.infer.generate import Loaded, Sampling, draw, generate, lay_out_for_decoding
+from neva.evaluate.run import errors, evaluate
+from neva.infer.generate import (
+    Loaded,
+    Sampling,
+    _stream,
+    draw,
+    generate,
+    lay_out_for_decoding,
+    too_long,
+)
+from neva.models.layers import RopeScaling
 from neva.models.vlm import VLM
 from neva.recipes.demo import MODEL
 from tests import runs
@@ -129,8 +139,9 @@ def test_the_model_learned_something(loaded: Loaded) -> None:
 def test_a_ragged_batch_answers_as_one_by_one(loaded: Loaded, temperature: float) -> None:
     sampling = Sampling(max_new_tokens=10, temperature=temperature, top_k=20, seed=7)
     together = generate(loaded, SAMPLES, sampling)
-    alone = [generate(loaded, [sample], replace(sampling, seed=7 + n))[0] for n, sample in enumerate(SAMPLES)]
+    alone = [generate(loaded, [sample], sampling)[0] for sample in SAMPLES]
     assert together == alone and generate(loaded, SAMPLES, sampling) == together
+    assert generate(loaded, SAMPLES[::-1], sampling) == together[::-1]
     assert generate(loaded, [], sampling) == []
     if temperature:
         assert generate(loaded, SAMPLES, replace(sampling, seed=100)) != together
@@ -151,6 +162,108 @@ def test_an_answer_ends_at_the_limit_at_a_stop_text_and_at_the_end_of_the_positi
     assert cut.tokens == long.tokens[:4] and cut.finish == "length"
     with pytest.raises(ValueError, match=r"sample '.*' of 'test': its prompt has \d+ tokens but the model's positions end at"):
         generate(model, [asked("word " * 99)], Sampling())
+
+
+def test_samples_draw_from_streams_of_their_own(loaded: Loaded) -> None:
+    """The stream follows the sample's source, its id and the question, and nothing else."""
+    model, sampling = without_end(loaded), Sampling(max_new_tokens=12, temperature=1.5, seed=3)
+    one = asked("Which colour is this?")
+    others = [replace(one, id="other"), replace(one, source="other")]
+    answers = generate(model, [one, *others, one, SAMPLES[4]], sampling)
+    assert answers[0] == answers[3] == generate(model, [one], sampling)[0]
+    assert len({answer.tokens for answer in answers}) == 4
+    longer = asked("Which colour is this?", before=("Which colour is this?", "red"))
+    assert longer.id == one.id  # two questions of one sample
+    assert _stream_start(model, one) != _stream_start(model, longer)
+
+
+def _stream_start(loaded: Loaded, sample: Sample) -> list[int]:
+    stream = _stream(3, loaded.encoder.encode(sample, labels=False))
+    return torch.randint(2**31, (4,), generator=stream).tolist()
+
+
+@pytest.fixture
+def learned(loaded: Loaded) -> Loaded:
+    """A random model with a learned vector for each of 40 positions."""
+    config = loaded.model.config
+    positions = replace(config.decoder, positions="learned", max_positions=40)
+    torch.manual_seed(0)
+    model = VLM(replace(config, decoder=positions)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.3)
+    return replace(without_end(loaded), model=model)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize("limit", [4, 99])
+def test_learned_positions_and_a_ragged_batch(
+    learned: Loaded,
+    limit: int,
+    temperature: float,
+) -> None:
+    """Requests that are done wait for the longest one, none beyond the last position."""
+    samples = [sample for sample in SAMPLES if not too_long(learned, encoded(learned, sample))]
+    lengths = [len(encoded(learned, sample).tokens) for sample in samples]
+    assert len(samples) >= 3 and len(set(lengths)) == len(lengths)
+    sampling = Sampling(max_new_tokens=limit, temperature=temperature)
+    together = generate(learned, samples, sampling)
+    for sample, length, answer in zip(samples, lengths, together, strict=True):
+        assert generate(learned, [sample], sampling) == [answer]
+        assert answer.finish == "length" and len(answer.tokens) == min(limit, 40 - length)
+        if not temperature:
+            assert list(answer.tokens) == plain_greedy(learned, sample, len(answer.tokens))
+
+
+def encoded(loaded: Loaded, sample: Sample) -> Encoded:
+    return loaded.encoder.encode(sample, labels=False)
+
+
+def test_learned_positions_cannot_be_stretched() -> None:
+    scaling = RopeScaling(kind="linear", factor=4.0)
+    rotary = replace(MODEL.decoder, rope_scaling=scaling, max_positions=40)
+    assert rotary.reach == 160 and replace(rotary, positions="learned").reach == 40
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_a_question_that_is_too_long_does_not_end_an_evaluation(
+    learned: Loaded,
+    tmp_path: Path,
+    batch_size: int,
+) -> None:
+    """It is named and counts as wrong; the others are answered as without it."""
+    file = multi_turn(tmp_path)
+    rows = json.loads(file.read_text())
+    kept = [row for row in rows if row["id"] != "b"]
+    long = runs.row("long", "word " * 99, "x", kind="talk")
+    file.write_text(json.dumps([*kept[:2], long, *kept[2:]]))
+    plain = tmp_path / "plain.json"
+    plain.write_text(json.dumps(kept))
+    sampling = Sampling(max_new_tokens=99, temperature=0.8)
+    source = LlavaSource(file, tmp_path)
+    judged = evaluate(learned, source, sampling=sampling, batch_size=batch_size)
+    (wrong,) = (j for j in judged if j.question.sample.id == "long")
+    assert (wrong.answer.text, wrong.answer.finish, wrong.right) == ("", "error", False)
+    said = "sample 'long' of 'held_out': its prompt has"
+    assert wrong.answer.error.startswith(said) and "positions end at 40" in wrong.answer.error
+    others = evaluate(learned, LlavaSource(plain, tmp_path, name="held_out"), sampling=sampling)
+    assert [j.answer for j in judged if j is not wrong] == [j.answer for j in others]
+    result = api.evaluate(learned, data=file, image_folder=tmp_path, batch_size=batch_size)
+    assert result["errors"] == errors(judged) and result["n"] == len(judged)
+    assert errors(judged) == [errors(others)[0], wrong.answer.error]  # one of the others is too
+    assert len(judged) == len(others) + 1
+
+
+def test_an_evaluation_says_what_was_not_asked(checkpoint: Path, tmp_path: Path) -> None:
+    """On the command line: the too long question, and one whose image is broken, are named."""
+    rows = [runs.row("long", "word " * 3000, "x"), runs.row("a", "Write the word red 1.", "red")]
+    broken = runs.row("broken", "<image>\nWhich colour?", "red", image="broken.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "few.json").write_text(json.dumps([*rows, broken]))
+    given = ("--data", tmp_path / "few.json", "--image-folder", tmp_path, "--max-new-tokens", 3)
+    shown = neva_cli("eval", checkpoint, *given)
+    assert shown.exit_code == 0 and "3 questions" in shown.output
+    said = [line for line in shown.output.splitlines() if line.startswith("Not asked")]
+    assert len(said) == 2 and "'long'" in said[0] and "'broken'" in said[1]
 
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
@@ -181,9 +294,27 @@ def test_draws_follow_the_tempered_and_cut_distribution(options: dict[str, Any],
     assert (error <= 4 * (expected * (1 - expected) / count).sqrt()).all(), error
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 5e-324, 1e-30, 1e-3])
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature: float) -> None:
+    """And one of the likeliest, where several are equally so."""
+    logits = torch.tensor([-3e38, 1.0, 2.0, 1.9, -1e-38, -torch.inf])
+    sampling, generator = Sampling(temperature=temperature), torch.Generator().manual_seed(0)
+    assert {draw(logits, sampling, generator) for _ in range(50)} == {2}
+    logits[4] = 2.0
+    assert {draw(logits, sampling, generator) for _ in range(50)} == {2, 4}
+
+
+def test_a_huge_temperature_takes_any_token() -> None:
+    sampling, generator = Sampling(temperature=1e308), torch.Generator().manual_seed(0)
+    assert {draw(LOGITS, sampling, generator) for _ in range(200)} == {0, 1, 2, 3, 4}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"temperature": float("nan")}, "temperature=nan must be a finite number"),
+        ({"temperature": float("inf")}, "temperature=inf must be a finite number"),
+        ({"top_p": float("nan")}, "top_p=nan"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"top_p": 0.0}, "top_p=0.0"),
@@ -262,7 +393,8 @@ def test_eval_counts_every_answer_and_is_a_brute_force_count(checkpoint: Path, l
             tokens = plain_greedy(loaded, replace(sample, turns=turns, images=images), 7)
             said = loaded.encoder.tokenizer.decode(tokens).strip()
             right.setdefault(sample.kind or "held_out", []).append(said == sample.turns[number].text)
-    assert result == {"accuracy": {kind: sum(row) / len(row) for kind, row in sorted(right.items())}, "n": 9}
+    shares = {kind: sum(row) / len(row) for kind, row in sorted(right.items())}
+    assert result == {"accuracy": shares, "n": 9, "errors": []}
     assert {kind: len(row) for kind, row in right.items()} == {"talk": 6, "held_out": 3} and any(any(row) for row in right.values())
     assert api.evaluate(loaded, data=file, image_folder=tmp_path, max_new_tokens=7, batch_size=2) == result
     table = neva_cli("eval", checkpoint, "--data", file, "--image-folder", tmp_path, "--max-new-tokens", 7)
