@@ -4,16 +4,19 @@ Shapes: b rows, s tokens in a row, t = b*s, d model width, f width inside an exp
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from neva.models.layers import GATED
 
 ALIGNED = 8
 """`F.grouped_mm` takes matrices whose rows begin at multiples of 16 bytes: 8 numbers of 2 bytes."""
+UNCOMPILED = cast("Callable[..., Tensor]", torch.compiler.disable(F.grouped_mm))
+"""`F.grouped_mm` as a break in a compiled graph: torch compiles it in bfloat16 alone."""
 
 
 class Experts(nn.Module):
@@ -35,23 +38,11 @@ class Experts(nn.Module):
         width = rows.shape[-1]
         rows = _aligned(rows, 1)
         gate, up, down = (_aligned(weight, 2) for weight in (self.gate, self.up, self.down))
-        compiles = rows.dtype == torch.bfloat16
-        product: Callable[..., Tensor] = F.grouped_mm if compiles else _grouped_uncompiled
+        product = F.grouped_mm if rows.dtype == torch.bfloat16 else UNCOMPILED
         opened = self.activation(product(rows, gate.transpose(-2, -1), offs=ends))
         inside = opened * product(rows, up.transpose(-2, -1), offs=ends)
         inside = F.dropout(inside, self.dropout, self.training)
         return product(inside, down.transpose(-2, -1), offs=ends)[:, :width]
-
-
-@torch.compiler.disable
-def _grouped_uncompiled(
-    rows: Float[Tensor, "n d"],
-    weights: Float[Tensor, "x d f"],
-    *,
-    offs: Int32[Tensor, " x"],
-) -> Float[Tensor, "n f"]:
-    """`F.grouped_mm` as a break in a compiled graph: torch compiles it in bfloat16 alone."""
-    return F.grouped_mm(rows, weights, offs=offs)
 
 
 def _aligned(x: Float[Tensor, "*n d"], dimensions: int) -> Float[Tensor, "*m e"]:
