@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -65,11 +66,10 @@ def make_samples(count: int) -> list[Encoded]:
 
 def pack(samples: Sequence[Encoded]) -> Iterator[tuple]:
     """Our optimiser steps: tuples of packed micro-batches."""
-    packer = Packer(BUDGET)
-    for number, sample in enumerate(samples):
-        packer.put(Item(ref=number, tokens=len(sample.tokens), tiles=1))
-    while len(packer):
-        rows = [[samples[item.ref] for item in row] for row in packer.pop_step()]
+    items = [Item(ref=number, tokens=len(sample.tokens), tiles=1) for number, sample in enumerate(samples)]
+    packed = Packer(BUDGET, items).rows()
+    while step := list(islice(packed, BUDGET.rows)):
+        rows = [[samples[item.ref] for item in row] for row in step]
         yield tuple(collate([row], BUDGET, layout=LAYOUT, group_names=("bench",), any_tiles=True) for row in rows)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from neva.data.pack import POOL
 from neva.models.decoder import DecoderConfig
 from neva.models.presets import DECODERS, VISION, VLMS
 from neva.models.vit import VisionConfig
@@ -38,7 +39,8 @@ class SourceConfig:
     image_folder: str = ""
     """Folder that the samples' image paths are relative to; nothing outside it is read. `{out}` stands for the run folder."""
     weight: float | None = None
-    """Share of samples drawn from this source relative to the others; by default its number of samples."""
+    """Share of the trained samples that are of this source, relative to the others; a sample that is left out is replaced by the source's
+    next. Sources without a weight go through their samples at one pace, and together weigh as much as they have samples."""
     name: str = ""
     """Name in reports; by default the file's stem."""
     mock: MockConfig | None = None
@@ -73,8 +75,9 @@ class DataConfig:
     shuffle: bool = True
     workers: int = 2
     """Processes that measure, read and decode; 0 does it in the training process. No number changes the data order."""
-    pool: int = 512
-    """Measured samples that packing chooses from."""
+    pool: int = POOL
+    """Measured samples that packing chooses from, counted from the oldest waiting one: more fill rows better, fewer let a sample wait
+    for fewer rows. Whatever it is, all samples of a source are trained equally often, give or take one, and its share is kept within a percent."""
     prefetch: int = 2
     """Steps prepared ahead."""
     on_error: Literal["stop", "skip"] = "stop"

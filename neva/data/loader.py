@@ -4,7 +4,7 @@ One global order and one global packing, functions of the seed alone; ranks and 
 gives the same rows in each step, and a stopped run goes on bit for bit.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, Literal
@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from neva.batch import Batch
+from neva.data.draw import NAMED, Bad, Draws, item_of
 from neva.data.encode import Encoder, Measure
-from neva.data.order import Order, Ref
-from neva.data.pack import Budget, Item, Packer, collate
+from neva.data.order import Blend, Order, Ref
+from neva.data.pack import POOL, Budget, Item, Packer, Waiting, collate
 from neva.data.sample import Encoded, Sample, SampleError
 from neva.data.source import Source
 from neva.data.workers import Crew
 
 TILE_COST = 1 << 20
 """A tile's cost in squared tokens: about what CLIP-L/336 computes for one, next to the attention of a 7B decoder."""
-NAMED = 100
-"""Skipped samples that are remembered by name; all are counted."""
+VERSION = 2
+"""Of the saved state."""
 BLOCK = 64
 """Least references that are measured and exchanged at once."""
 
@@ -37,8 +38,8 @@ class LoaderOptions:
     seed: int = 0
     workers: int = 0
     """Processes that measure, read and decode; 0 does it in this process."""
-    pool: int = 512
-    """Measured samples that packing chooses from."""
+    pool: int = POOL
+    """Measured samples, from the oldest waiting one on, that packing chooses from."""
     prefetch: int = 2
     """Steps prepared ahead, or more if that keeps all workers busy; without workers none is."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -53,16 +54,6 @@ class LoaderOptions:
         for name, least in (("workers", 0), ("prefetch", 0), ("pool", 1), ("head_chunk", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} is {getattr(self, name)}: it must be at least {least}")
-
-
-@dataclass(frozen=True)
-class Bad:
-    """Why a sample is left out. Crosses processes and ranks in place of its measure."""
-
-    why: Literal["long", "broken"]
-    source: str
-    id: str
-    message: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +100,8 @@ class Loader:
     budget: Budget
     options: LoaderOptions
     _: KW_ONLY
-    weights: Sequence[float | int] | None = None
-    """Relative shares of the samples drawn; by default the sources' lengths."""
+    weights: Sequence[float | int | None] | None = None
+    """Relative shares of the samples trained: `Blend.weights`. By default none has a weight."""
     rank: int = 0
     world: int = 1
     """Data ranks."""
@@ -131,10 +122,14 @@ class Loader:
             )
         self._names = tuple(source.name for source in self.sources)
         self._lengths = tuple(len(source) for source in self.sources)
+        given = [None] * len(self.sources) if self.weights is None else self.weights
+        weights = tuple(None if weight is None else float(weight) for weight in given)
+        self._blend = Blend(names=self._names, lengths=self._lengths, weights=weights)
+        self._shares = self._blend.shares
         self._micro = self.budget.rows // unit
         workers = self.options.workers
         self._ahead = max(self.options.prefetch, -(-workers // self._micro)) if workers else 0
-        self._begin(self._fresh_order().drawn)
+        self._begin()
         desk = Desk(sources=tuple(self.sources), encoder=self.encoder, budget=self.budget, options=self.options)
         self._crew = Crew(workers, desk)
 
@@ -170,39 +165,52 @@ class Loader:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Up to the last step yielded, over all ranks: samples `dropped` as longer than a row, `skipped` as unreadable and `reduced` to
-        fewer tiles, and `epochs`, the passes over each source by name."""
+        """Up to the last step yielded, over all ranks: `samples` trained, and `epochs` of each source by name (its trained samples by
+        its length); samples `dropped` as longer than a row, `skipped` as unreadable and `reduced` to fewer tiles."""
         state = self.state_dict()
-        epochs = {name: drawn / length for name, drawn, length in zip(self._names, state["drawn"], self._lengths, strict=True)}
-        return {"dropped": state["dropped"], "skipped": state["skipped"], "reduced": state["reduced"], "epochs": epochs}
+        trained = dict(zip(self._names, state["trained"], strict=True))
+        epochs = {name: trained[name] / length for name, length in zip(self._names, self._lengths, strict=True)}
+        draws = state["draws"]
+        left_out = {"dropped": draws["left_out"]["long"], "skipped": draws["left_out"]["broken"]}
+        return {"samples": sum(trained.values()), "epochs": epochs, "reduced": draws["reduced"], **left_out}
 
     @property
     def left_out(self) -> tuple[SampleError, ...]:
         """The first `NAMED` samples that were dropped or skipped, with the reasons."""
-        return tuple(SampleError(*one) for one in self.state_dict()["names"])
+        return tuple(SampleError(*one) for one in self.state_dict()["draws"]["names"])
 
     def state_dict(self) -> dict[str, Any]:
         """The state after the last step yielded, as plain JSON; the same on every rank."""
         lost = [list(one) for one in self._undecoded]
-        names = (self._state["names"] + lost)[:NAMED]
-        return self._state | {"skipped": self._state["skipped"] + len(lost), "names": names}
+        by_source = Counter(source for source, _, _ in self._undecoded)
+        packed = zip(self._state["trained"], self._names, strict=True)
+        draws = self._state["draws"]
+        broken = draws["left_out"]["broken"] + len(lost)
+        told = {"left_out": draws["left_out"] | {"broken": broken}, "names": (draws["names"] + lost)[:NAMED]}
+        return self._state | {"trained": [count - by_source[name] for count, name in packed], "draws": draws | told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the loader that gave `state` stood, whatever its ranks and workers.
 
-        Raises ValueError if the sources, their weights, the seed or the row length are not those of the state.
+        Raises ValueError if the sources, their weights, the seed or the row length are not those of the state, or if it was
+        saved by a version that packed otherwise.
         """
+        if state.get("version") != VERSION:
+            raise ValueError(
+                "the saved data state is of a version of neva that trained some samples more often than others: its order cannot be gone on "
+                "with. Finish the run with that version, or start the stage anew from its weights: init.model=CHECKPOINT out=FOLDER"
+            )
         for key, mine in self._identity().items():
             if state.get(key) != mine:
                 raise ValueError(
                     f"the saved data state has {key} {state.get(key)} but this run has {mine}: its samples would be lost or repeated. "
                     "Put it back, or start the stage anew from the weights (init.model) without its data state"
                 )
-        self._begin(state["drawn"])
-        for source, epoch, index, tokens, tiles in state["pool"]:
-            self._packer.put(Item(Ref(source, epoch, index), tokens, tiles))
-        self._dropped, self._skipped, self._reduced = state["dropped"], state["skipped"], state.get("reduced", 0)
-        self._left_out = [list(one) for one in state["names"]]
+        self._begin()
+        self._draws.restore(state["draws"])
+        self._order.drawn = list(self._draws.drawn)
+        self._packer.restore(_waiting(state["packer"]))
+        self._trained = list(state["trained"])
         self._step = state["step"]
         self._state = self._snapshot()
 
@@ -212,31 +220,27 @@ class Loader:
         self._blocks.clear()
         self._crew.close()
 
-    def _fresh_order(self) -> Order:
-        weights = None if self.weights is None else tuple(float(weight) for weight in self.weights)
-        return Order(self._names, self._lengths, weights, self.options.seed, self.options.shuffle)
-
-    def _begin(self, drawn: Sequence[int]) -> None:
-        """Stands after `drawn` samples of each source, with an empty pool and nothing in flight."""
-        self._order = self._fresh_order()
-        self._order.drawn = list(drawn)
-        self._drawn = list(drawn)  # those that have come out of measuring; the order is ahead of them
-        self._packer = Packer(self.budget)
+    def _begin(self) -> None:
+        """Stands before the first sample, with nothing in flight."""
+        stop_at = {"long"} if self.options.over_long == "error" else set()
+        stop_at |= {"broken"} if self.options.on_error == "stop" else set()
+        self._order = Order(self._blend, self.options.seed, self.options.shuffle)  # ahead of the draws by what is being measured
+        self._draws = Draws(self._blend, self._next_measured, frozenset(stop_at))
+        self._packer = Packer(self.budget, self._draws, pool=self.options.pool)
+        self._trained = [0] * len(self._names)  # samples of each source that were packed
         self._planned: deque[Plan | ValueError] = deque()
-        self._blocks: deque[tuple[list[Ref], Callable[[], list[Measure | Bad]]]] = deque()
-        self._measured: deque[tuple[Ref, Measure | Bad]] = deque()
-        self._barren = [0] * len(self._lengths)
-        self._dropped, self._skipped, self._reduced, self._step, self._last_items = 0, 0, 0, 0, 0
-        self._left_out: list[list[str]] = []
+        self._blocks: deque[tuple[list[tuple[int, Ref]], Callable[[], list[Measure | Bad]]]] = deque()
+        self._measured: tuple[deque[tuple[Ref, Measure | Bad]], ...] = tuple(deque() for _ in self._shares)
+        self._ordered = [0] * len(self._shares)  # of each stream: measured, or on the way there, but not yet taken
+        self._step, self._last_items = 0, 0
         self._undecoded: list[tuple[str, str, str]] = []
         self._state = self._snapshot()
 
     def _identity(self) -> dict[str, Any]:
-        weights = None if self.weights is None else [float(weight) for weight in self.weights]
         return {
-            "version": 1,
+            "version": VERSION,
             "sources": [[name, length] for name, length in zip(self._names, self._lengths, strict=True)],
-            "weights": weights,
+            "weights": list(self._blend.weights),
             "seed": self.options.seed,
             "shuffle": self.options.shuffle,
             "seq_length": self.budget.seq_length,
@@ -245,23 +249,20 @@ class Loader:
     def _snapshot(self) -> dict[str, Any]:
         return self._identity() | {
             "step": self._step,
-            "drawn": list(self._drawn),
-            "pool": [[*item.ref, item.tokens, item.tiles] for item in self._packer.items],
-            "dropped": self._dropped,
-            "skipped": self._skipped,
-            "reduced": self._reduced,
-            "names": list(self._left_out),
+            "draws": self._draws.state(),
+            "packer": _plain(self._packer.state()),
+            "trained": list(self._trained),
         }
 
     def _plan(self) -> Plan | ValueError:
         """Packs the next step and starts this rank's part of it."""
         try:
-            rows = []
-            while len(rows) < self.budget.rows:
-                self._refill()
-                rows.append(self._packer.pop_row())
+            rows = [self._packer.pop_row() for _ in range(self.budget.rows)]
             self._step += 1
             self._last_items = sum(len(row) for row in rows)
+            for row in rows:
+                for item in row:
+                    self._trained[item.source] += 1
             dealt = deal([self.row_cost(row) for row in rows], self.world, self._micro)
             waits = []
             for ranks in dealt:
@@ -271,51 +272,33 @@ class Loader:
             return error
         return Plan(waits=waits, state=self._snapshot())
 
-    def _refill(self) -> None:
-        """Consumes measured samples until the pool is full. What comes out depends on the order alone, not on how it was measured."""
-        while len(self._packer) < self.options.pool:
-            ref, outcome = self._next_measured()
-            self._drawn[ref.source] += 1
-            if isinstance(outcome, Measure):
-                self._barren = [0] * len(self._lengths)
-                self._reduced += outcome.max_tiles > 0
-                self._packer.put(Item(ref, outcome.tokens, outcome.tiles))
-            else:
-                self._set_aside(ref, outcome)
-
-    def _set_aside(self, ref: Ref, bad: Bad) -> None:
-        stop = self.options.over_long == "error" if bad.why == "long" else self.options.on_error == "stop"
-        if stop:
-            raise SampleError(bad.source, bad.id, bad.message)
-        if bad.why == "long":
-            self._dropped += 1
-        else:
-            self._skipped += 1
-        self._left_out += [[bad.source, bad.id, bad.message]] if len(self._left_out) < NAMED else []
-        self._barren[ref.source] += 1
-        # So many in a row hold a whole pass; `length` of them can be the end of one and the start of the next.
-        if all(barren >= 2 * length - 1 for barren, length in zip(self._barren, self._lengths, strict=True)):
-            counts = f"{self._dropped} too long, {self._skipped} unreadable"
-            raise ValueError(
-                f"none of the {sum(self._lengths)} samples of {', '.join(self._names)} can be used ({counts}); "
-                f"the last was sample '{bad.id}' of '{bad.source}': {bad.message}"
-            )
-
-    def _next_measured(self) -> tuple[Ref, Measure | Bad]:
-        if not self._measured:
+    def _next_measured(self, stream: int) -> tuple[Ref, Measure | Bad]:
+        while not self._measured[stream]:
             self._read_ahead()
             refs, wait = self._blocks.popleft()
             parts = self._share_part(wait)
-            self._measured.extend((ref, parts[i % self.world][i // self.world]) for i, ref in enumerate(refs))
-        return self._measured.popleft()
+            for place, (one, ref) in enumerate(refs):
+                outcome = parts[place % self.world][place // self.world]
+                self._measured[one].append((ref, outcome))
+        self._ordered[stream] -= 1
+        return self._measured[stream].popleft()
 
     def _read_ahead(self) -> None:
-        """Starts measuring: at least a block, with workers about as much as the last step took."""
+        """Starts measuring: at least a block, with workers about as much as the last step took.
+
+        The streams are kept in store by their shares. One that runs low since many of its samples are left out is filled up first.
+        """
         block = max(BLOCK, BLOCK // 4 * self.world)
         least = 1 if not self.options.workers else max(2 * self.options.workers, -(-self._last_items // block)) + 1
         while len(self._blocks) < least:
-            refs = [self._order.draw() for _ in range(block)]
-            self._blocks.append((refs, self._crew.submit(measure, refs[self.rank :: self.world])))
+            refs = []
+            for _ in range(block):
+                stored = [count / share for count, share in zip(self._ordered, self._shares, strict=True)]
+                stream = stored.index(min(stored))
+                self._ordered[stream] += 1
+                refs.append((stream, self._order.draw(stream)))
+            mine = [ref for _, ref in refs[self.rank :: self.world]]
+            self._blocks.append((refs, self._crew.submit(measure, mine)))
 
     def _share_part(self, wait: Callable[[], list[Measure | Bad]]) -> list[list[Measure | Bad]]:
         """Every rank's part of a block. A rank that failed says so in its part's place, or the others would wait for it."""
@@ -330,6 +313,20 @@ class Loader:
         if failed:
             raise ValueError("; ".join(failed))
         return parts
+
+
+def _plain(state: Waiting) -> dict[str, Any]:
+    """A packer's state as JSON can hold it."""
+    items = [[number, *item.ref, item.tokens, item.tiles] for number, item in state.items]
+    return {"arrived": state.arrived, "items": items, "due": list(state.due)}
+
+
+def _waiting(plain: dict[str, Any]) -> Waiting:
+    """The state that `_plain` was given."""
+    items = []
+    for number, source, epoch, index, tokens, tiles in plain["items"]:
+        items.append((number, item_of(Ref(source, epoch, index), tokens, tiles)))
+    return Waiting(arrived=plain["arrived"], items=tuple(items), due=tuple(plain["due"]))
 
 
 def measure(desk: Desk, refs: Sequence[Ref]) -> list[Measure | Bad]:

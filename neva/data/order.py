@@ -1,4 +1,4 @@
-"""The global order of samples: a blend of sources, each shuffled anew in each epoch. A function of the seed alone."""
+"""The global order of samples: a blend of streams, each source shuffled anew in each epoch. A function of the seed alone."""
 
 import zlib
 from collections.abc import Sequence
@@ -16,16 +16,56 @@ class Ref(NamedTuple):
     index: int
 
 
-@dataclass
-class Order:
-    """Draws references forever. `drawn`, how many each source has given, is its whole state.
+@dataclass(frozen=True, kw_only=True)
+class Blend:
+    """Sources and their weights, as streams: all without a weight are one, which goes through them at one pace; each other is its own.
 
-    The blend takes, at each draw, the source that is furthest behind its share. Raises ValueError for no sources or a bad weight.
+    Shares are those of *usable* samples: a stream replaces one that is left out by its next. Raises ValueError for no sources or a bad weight.
     """
 
     names: tuple[str, ...]
     lengths: tuple[int, ...]
-    weights: tuple[float, ...] | None
+    weights: tuple[float | None, ...]
+    """Relative shares. The stream of sources without a weight weighs as much as they have samples."""
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ValueError("there is no data source: set data.source or data.sources")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"two data sources have one name ({', '.join(self.names)}): give each its own `name`")
+        if min(self.lengths) < 1:
+            raise ValueError(f"the source '{self.names[self.lengths.index(min(self.lengths))]}' holds no sample: remove it")
+        given = [weight for weight in self.weights if weight is not None]
+        if len(self.weights) != len(self.names) or not all(0 < weight < float("inf") for weight in given):
+            told = f"the sources {', '.join(self.names)} have the weights {list(self.weights)}"
+            raise ValueError(f"{told}: each needs one above 0, or none; remove a source to leave it out")
+
+    @property
+    def streams(self) -> tuple[tuple[int, ...], ...]:
+        """The sources of each stream."""
+        paced = tuple(source for source, weight in enumerate(self.weights) if weight is None)
+        own = tuple((source,) for source, weight in enumerate(self.weights) if weight is not None)
+        return (paced, *own) if paced else own
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each stream's share of the samples; they add up to 1."""
+        sizes = [sum(float(self.weights[s] or self.lengths[s]) for s in stream) for stream in self.streams]
+        return tuple(size / sum(sizes) for size in sizes)
+
+
+def furthest_behind(shares: Sequence[float], given: Sequence[int]) -> int:
+    """Whose turn it is, after so many were `given` by each: the one whose share of one more is furthest above that."""
+    number = sum(given) + 1
+    behind = [share * number - count for share, count in zip(shares, given, strict=True)]
+    return behind.index(max(behind))
+
+
+@dataclass
+class Order:
+    """Draws references from each stream forever. `drawn`, how many each source has given, is its whole state."""
+
+    blend: Blend
     seed: int
     shuffle: bool
     drawn: list[int] = field(init=False)
@@ -33,31 +73,23 @@ class Order:
     """Source -> (epoch, its permutation)."""
 
     def __post_init__(self) -> None:
-        weights = [float(length) for length in self.lengths] if self.weights is None else self.weights
-        if not self.names:
-            raise ValueError("there is no data source: set data.source or data.sources")
-        if len(set(self.names)) != len(self.names):
-            raise ValueError(f"two data sources have one name ({', '.join(self.names)}): give each its own `name`")
-        if min(self.lengths) < 1:
-            raise ValueError(f"the source '{self.names[self.lengths.index(min(self.lengths))]}' holds no sample: remove it")
-        if len(weights) != len(self.names) or not all(0 < weight < float("inf") for weight in weights):
-            given = f"the sources {', '.join(self.names)} have the weights {list(weights)}"
-            raise ValueError(f"{given}: each needs one above 0; remove a source to leave it out")
-        self._shares = [weight / sum(weights) for weight in weights]
-        self.drawn = [0] * len(self.names)
+        self.drawn = [0] * len(self.blend.names)
+        self._streams = self.blend.streams
+        lengths = [[self.blend.lengths[source] for source in stream] for stream in self._streams]
+        self._paces = [[length / sum(of) for length in of] for of in lengths]
 
-    def draw(self) -> Ref:
-        """The next reference."""
-        number = sum(self.drawn) + 1
-        behind = [share * number - drawn for share, drawn in zip(self._shares, self.drawn, strict=True)]
-        source = behind.index(max(behind))
-        epoch, place = divmod(self.drawn[source], self.lengths[source])
+    def draw(self, stream: int) -> Ref:
+        """The stream's next reference: of its source that is furthest behind."""
+        sources = self._streams[stream]
+        source = sources[furthest_behind(self._paces[stream], [self.drawn[one] for one in sources])]
+        epoch, place = divmod(self.drawn[source], self.blend.lengths[source])
         self.drawn[source] += 1
         return Ref(source, epoch, int(self._permutation(source, epoch)[place]) if self.shuffle else place)
 
     def _permutation(self, source: int, epoch: int) -> np.ndarray:
         if self._shuffled.get(source, (-1,))[0] != epoch:
-            self._shuffled[source] = epoch, permutation(self.lengths[source], (self.seed, zlib.crc32(self.names[source].encode()), epoch))
+            seed = (self.seed, zlib.crc32(self.blend.names[source].encode()), epoch)
+            self._shuffled[source] = epoch, permutation(self.blend.lengths[source], seed)
         return self._shuffled[source][1]
 
 

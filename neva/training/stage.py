@@ -177,7 +177,7 @@ def make_loader(config: TrainConfig, tokenizer: Tokenizer, *, rank: int = 0, wor
     )  # fmt: skip
     budget = Budget(seq_length=batch.seq_length, rows=batch.rows, micro_rows=batch.micro_rows, max_tiles=batch.max_tiles)
     sources = [make_source(source, seed=config.seed) for source in data.blend]
-    weights = [len(s) if c.weight is None else c.weight for s, c in zip(sources, data.blend, strict=True)]
+    weights = [source.weight for source in data.blend]
     return Loader(sources, encoder, budget, options, weights=weights, rank=rank, world=world, share=ranks.share)
 
 

@@ -2,6 +2,8 @@
 
 import random
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,21 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neva.batch import IGNORE, IMAGE, Batch, ImageLayout
-from neva.data.pack import Budget, Item, Packer, check, collate
+from neva.data.pack import POOL, Budget, Item, Packer, check, collate
 from neva.data.sample import Encoded
 
 torch.set_num_threads(1)
 LAYOUT = ImageLayout(tile=2, tokens_per_tile=3)
 
 
-def packed(items: list[Item], budget: Budget) -> list[list[Item]]:
-    packer = Packer(budget)
-    for item in items:
-        packer.put(item)
-    rows = []
-    while len(packer):
-        rows.append(packer.pop_row())
-    return rows
+def packed(items: list[Item], budget: Budget, pool: int = 512) -> list[list[Item]]:
+    return list(Packer(budget, items, pool=pool).rows())
 
 
 @settings(max_examples=200, deadline=None)
@@ -43,42 +39,88 @@ def test_every_item_leaves_once_within_the_budgets(lengths: list[tuple[int, int]
         assert len(row) <= budget.max_documents
 
 
-@settings(max_examples=100, deadline=None)
-@given(lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 2)), min_size=1, max_size=40))
-def test_rows_are_filled_by_the_oldest_and_then_the_best_fit(lengths: list[tuple[int, int]]) -> None:
-    """Against the plainest spelling of the rule: of those that fit, the longest, and of those the oldest."""
+@settings(max_examples=200, deadline=None)
+@given(
+    drawn=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 30), st.integers(0, 2)), min_size=1, max_size=60),
+    sizes=st.tuples(*[st.integers(1, 6)] * 3),
+    pool=st.integers(1, 25),
+)
+def test_rows_follow_the_rule(drawn: list[tuple[int, int, int]], sizes: tuple[int, ...], pool: int) -> None:
+    """Against the plainest spelling of it, which keeps nothing but what came and what left."""
+    counts = [0, 0, 0]
+    items = []
+    for number, (source, tokens, tiles) in enumerate(drawn):
+        items.append(Item(number, tokens, tiles, source=source, epoch=counts[source] // sizes[source]))
+        counts[source] += 1
     budget = Budget(seq_length=40, max_tiles=3)
-    left = [Item(number, *sizes) for number, sizes in enumerate(lengths)]
-    for row in packed(left, budget):
-        expected = [left.pop(0)]
-        while True:
-            tokens, tiles = (limit - sum(getattr(item, name) for item in expected) for limit, name in ((40, "tokens"), (3, "tiles")))
-            fitting = [item for item in left if item.tokens <= tokens and item.tiles <= tiles]
-            if not fitting or len(expected) == budget.max_documents:
-                break
-            best = max(fitting, key=lambda item: (item.tokens, -item.ref))
-            left.remove(best)
-            expected.append(best)
+    left = list(items)
+    gone: list[Item] = []
+
+    def leading(these: list[Item]) -> int:
+        """How many of them are of sources that came later."""
+        in_order = Counter(item.source for item in items[: len(these)])
+        return (Counter(item.source for item in these) - in_order).total()
+
+    def choices(row: list[Item]) -> list[Item]:
+        found = []
+        end = left[0].ref + pool if left else 0
+        allowed = max(len({item.source for item in items[:end]}) - 1, len(gone) // 100)
+        for item in (item for item in left if item.ref < end):
+            used = [*row, item]
+            fits = sum(one.tokens for one in used) <= 40 and sum(one.tiles for one in used) <= 3
+            if fits and leading([*gone, item]) <= max(allowed, leading(gone)) and ahead(item) <= 1:
+                found.append(item)
+        return found
+
+    def ahead(item: Item) -> int:
+        return item.epoch - min(other.epoch for other in left if other.source == item.source)
+
+    for row in packed(items, budget, pool):
+        expected: list[Item] = []
+        while len(expected) < budget.max_documents and (found := choices(expected)):
+            best = max(found, key=lambda item: (-ahead(item), item.tokens, -item.ref))
+            chosen = best if expected else min(found, key=lambda item: item.ref)
+            left.remove(chosen)
+            gone.append(chosen)
+            expected.append(chosen)
         assert row == expected
+    assert not left
 
 
-def test_no_item_starves() -> None:
-    """The oldest leaves with the next row, however badly it fits and however many better ones arrive."""
-    packer = Packer(Budget(seq_length=100, max_tiles=1))
-    packer.put(Item("old", 51, 1))
-    for number in range(50):
-        packer.put(Item(number, 100))
-    assert packer.pop_row() == [Item("old", 51, 1)]
+@settings(max_examples=100, deadline=None)
+@given(
+    drawn=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 100)), min_size=1, max_size=300),
+    pool=st.integers(1, 40),
+)
+def test_no_item_waits_for_more_rows_than_twice_the_pool(drawn: list[tuple[int, int]], pool: int) -> None:
+    """Rows that were filled without it after it came; with one source it is the pool."""
+    came: dict[int, int] = {}
+    rows = 0
+
+    def stream(sources: int) -> Iterator[Item]:
+        for number, (source, tokens) in enumerate(drawn):
+            came[number] = rows
+            yield Item(number, tokens, source=source % sources)
+
+    for sources in (1, 3):
+        for row in Packer(Budget(seq_length=100), stream(sources), pool=pool).rows():
+            rows += 1
+            assert all(rows - 1 - came[item.ref] <= pool * (1 if sources == 1 else 2) for item in row)
+
+
+def test_the_oldest_leaves_however_badly_it_fits() -> None:
+    old = Item("old", 51, 1)
+    packer = Packer(Budget(seq_length=100, max_tiles=1), [old, *(Item(number, 100) for number in range(50))])
+    assert packer.pop_row() == [old]
 
 
 @pytest.mark.parametrize("item", [Item("x", 101), Item("x", 5, 3), Item("x", 0)])
 def test_an_item_that_no_row_can_hold_is_refused_and_cannot_hang(item: Item) -> None:
-    packer = Packer(Budget(seq_length=100, max_tiles=2))
-    with pytest.raises(ValueError, match=f"x has {item.tokens} tokens and {item.tiles} tiles but a row holds 100 tokens and 2 tiles"):
-        packer.put(item)
-    assert len(packer) == 0 and packer.pop_step() == []
-    with pytest.raises(ValueError, match="nothing to pack"):
+    packer = Packer(Budget(seq_length=100, max_tiles=2), [item])
+    message = f"x has {item.tokens} tokens and {item.tiles} tiles but a row holds 100 tokens and 2 tiles"
+    with pytest.raises(ValueError, match=message):
         packer.pop_row()
+    assert Packer(Budget(seq_length=100), []).pop_row() == []
 
 
 def test_a_row_of_tiny_items_is_bounded() -> None:
@@ -87,11 +129,9 @@ def test_a_row_of_tiny_items_is_bounded() -> None:
     assert budget.max_documents == 64 and [len(row) for row in rows] == [64, 36]
 
 
-def test_a_step_has_the_rows_that_were_asked_for() -> None:
-    packer = Packer(Budget(seq_length=10, rows=3))
-    for number in range(5):
-        packer.put(Item(number, 10))
-    assert [len(packer.pop_step()) for _ in range(3)] == [3, 2, 0]
+def test_a_row_holds_more_items_than_the_pool() -> None:
+    rows = packed([Item(number, 1) for number in range(100)], Budget(seq_length=1024), pool=3)
+    assert [len(row) for row in rows] == [64, 36]
 
 
 @pytest.mark.parametrize("field", ["seq_length", "rows", "micro_rows", "max_tiles"])
@@ -107,17 +147,13 @@ def typical_lengths(count: int) -> list[int]:
 
 
 def test_rows_are_full_and_packing_is_fast() -> None:
-    lengths = typical_lengths(40_000)
-    packer, rows, used, packed = Packer(Budget(seq_length=2048, max_tiles=64)), 0, 0, 0
+    items = [Item(number, length, 1) for number, length in enumerate(typical_lengths(40_000))]
     start = time.perf_counter()
-    for number, length in enumerate(lengths):
-        packer.put(Item(number, length, 1))
-        if len(packer) == 512:
-            row = packer.pop_row()
-            rows, used, packed = rows + 1, used + sum(item.tokens for item in row), packed + len(row)
-    rate = packed / (time.perf_counter() - start)
-    print(f"useful share {used / rows / 2048:.4f}, {rate:,.0f} samples/s")
-    assert used / rows / 2048 >= 0.98
+    rows = packed(items, Budget(seq_length=2048, max_tiles=64), pool=POOL)
+    rate = len(items) / (time.perf_counter() - start)
+    useful = sum(item.tokens for item in items) / len(rows) / 2048
+    print(f"useful share {useful:.4f}, {rate:,.0f} samples/s")
+    assert useful >= 0.98
     assert rate > 5_000  # far below what a free core does
 
 
