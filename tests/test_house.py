@@ -404,6 +404,29 @@ def test_every_rule_is_shown_to_fire() -> None:
     assert {rule.__name__ for rule in RULES + TEST_RULES} == {rule for rule, _, _ in BAD}
 
 
+CASES = {
+    "date-template",
+    "system-dropped",
+    "template-always-header",
+    "template-drops-user",
+    "template-no-generation-prompt",
+    "template-stop-outside",
+}
+"""Inputs under tests/data/cases on which neva once gave a wrong result."""
+
+
+def test_every_case_is_an_input_of_a_test() -> None:
+    """Named in a test's code, as a path or a part of one."""
+    named: set[str] = set()
+    for file in files_of("tests", "test_*.py"):
+        for node in ast.walk(file.tree):
+            text = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(text, str) and file.path.name != "test_house.py":
+                named |= {*text.split("/")}
+    folders = {path.name for path in (ROOT / "tests" / "data" / "cases").iterdir()}
+    assert folders >= CASES and named >= folders
+
+
 def test_the_doors_that_the_readme_names_exist() -> None:
     readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "make demo" in readme and "make test" in readme and "make test" in ci

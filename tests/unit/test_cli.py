@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -276,26 +277,50 @@ def test_the_stand_in_takes_no_call_that_neva_api_would_not_take(api: FakeApi, c
     assert not api.calls
 
 
+def options_of(group: click.Group) -> set[str]:
+    """The options of all commands under the first of their spellings, without those of `--help` and hidden ones."""
+    found: set[str] = set()
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            found |= options_of(command)
+        options = [option for option in command.params if isinstance(option, click.Option)]
+        found |= {option.opts[0] for option in options if not option.hidden}
+    return found
+
+
+UNTOLD = {"--to"}
+"""Options that reach no function of `neva.api`: there is one format to export to."""
+
+
 def test_every_command_calls_neva_api_as_it_is(api: FakeApi, tmp_path: Path) -> None:
-    """All options of every command at once, so that the stand-in compares each with the signature."""
+    """Each option of each command, so that the stand-in compares them all with the functions' signatures."""
     file = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(file)
     sampling = ["--max-new-tokens", 3, "--temperature", 1, "--top-p", 0.5, "--top-k", 2, "--seed", 1]
-    sampling += ["--stop", "x", "--batch-size", 2, "--json"]
+    sampling += ["--stop", "x", "--batch-size", 2, "--trust-code", "--json"]
+    cut = ["--min-tiles", 1, "--max-tiles", 4, "--tile", 28, "--tags", "none", "--json"]
+    composed = ["--decoder", "a", "--vision", "b", "--projector", "linear", "--seed", 3]
+    judged = ["--image-folder", tmp_path, "--batch-size", 2, "--max-new-tokens", 3, "--trust-code"]
+    written = ["--part", "decoder", "--keys", "vllm", "--dtype", "fp16", "--shard", 9, "--no-parity"]
     commands: list[tuple[Any, list[Any]]] = [
-        (None, ["train", "demo", "out=x", "--dry-run", "--nproc", 2]),
+        (None, ["train", "demo", "out=x", "--dry-run", "--nproc", 2, "--trust-code"]),
+        (None, ["train", "demo", "out=x", "--resume", "auto", "--trust-code"]),
+        (None, ["demo", "out=x"]),
+        ("a: 1", ["show", "demo", "out=x", "--trust-code"]),
         ([{"id": "a", "text": "b"}], ["generate", "x", "--prompt", "a", "--image", file, *sampling]),
         ([], ["generate", "x", "--data", __file__, "--image-folder", tmp_path, *sampling]),
         ("x", ["import", "a", "k=1", "--out", "o", "--dtype", "bf16", "--template", "v1", "--no-parity"]),
-        ("x", ["import", "--decoder", "a", "--vision", "b", "--projector", "linear", "--seed", 3]),
+        ("x", ["import", *composed]),
         ({"step": 1}, ["inspect", tmp_path, "--json"]),
         (("text\n", []), ["convert-config", __file__, "--out", "y.yaml"]),
-        ("x", ["export", "c", "--out", "o", "--part", "decoder", "--keys", "vllm", "--shard", 9]),
-        ({"columns": 1, "rows": 1, "tiles": 1}, ["data", "tiles", file, "--out", tmp_path / "b.png"]),
-        ({"accuracy": {}, "n": 0}, ["eval", "x", "--data", __file__, "--batch-size", 2, "--json"]),
+        ("x", ["export", "c", "--out", "o", *written]),
+        ({"columns": 1, "rows": 1, "tiles": 1}, ["data", "tiles", file, "--out", tmp_path / "b.png", *cut]),
+        ({"accuracy": {}, "n": 0}, ["eval", "x", "--data", __file__, *judged, "--json"]),
     ]
     for number, (answer, arguments) in enumerate(commands, 1):
         api.answer = answer
         result = run(*map(str, arguments))
         assert result.exit_code == 0, (arguments, result.output, result.exception)
         assert len(api.calls) == number
+    used = {argument for _, arguments in commands for argument in arguments if str(argument).startswith("--")}
+    assert used >= options_of(main) - UNTOLD
