@@ -21,8 +21,8 @@ from neva.models.vlm import VLMConfig
 Read = Callable[[str], Tensor]
 LLAVAS = ("llava", "llava_next")
 """Formats of transformers' own LLaVAs."""
-PROJECTOR = re.compile(r".*m(?:m|ulti_modal)_projector(?:\.linear_(\d)|\.(\d))?\.(weight|bias)")
-"""A tensor of a LLaVA's projector: the number of its layer, if there are several, and its kind."""
+PROJECTOR = re.compile(r"model\.mm_projector(?:\.(\d+))?\.(weight|bias)")
+"""A tensor of a projector in LLaVA's own layout: the number of its layer, if there are several."""
 
 
 def need_transformers() -> None:
@@ -46,22 +46,26 @@ def compare(
         seen, original = _at_own_resolution(source, vision, read)
         if source.format in LLAVAS:
             _check_settings(source)
-        if source.format in LLAVAS and fits and model is not None:
+        if source.format in LLAVAS and model is not None:
             asked = _reads(seen) != _reads(source.model.vision)  # type: ignore[union-attr]
             whole = replace(model, vision=seen)
-            found += parity.llava(whole, original, source.folder, asked=asked, cast=cast)
-            continue
+            found += parity.llava(
+                whole,
+                original,
+                source.folder,
+                whole=fits,
+                asked=asked,
+                cast=cast,
+            )
+            if fits:
+                continue
         if source.kind != "vision" and model is not None:
             found += parity.decoder(model.decoder, read, peer(source, "decoder", cast), whole=fits)
         if seen is not None and (source.kind == "vision" or source.format in (*LLAVAS, "NVLM_D")):
             found += parity.vision(seen, original, peer(source, "vision", cast), whole=fits)
-        if source.format in (*LLAVAS, "llava-original") and model is not None:
+        if source.format == "llava-original" and model is not None:
             layers = _projector_layers(source)
             found.append(parity.llava_projector(model, read, layers, cast=cast))
-        if "image_newline" in source.spelled and model is not None:
-            theirs = source.shards.read(source.spelled["image_newline"])
-            newline = read("image_newline")
-            found.append(parity.one_tensor("image_newline", newline, theirs, cast=cast))
         if source.format == "NVLM_D" and model is not None:
             found.append(parity.nvlm_projector(model, read, source.shards.read, cast=cast))
     return found
@@ -126,7 +130,7 @@ def _projector_layers(source: Source) -> list[tuple[Tensor, Tensor]]:
     found: dict[int, dict[str, str]] = {}
     for name in source.shards.entries:
         if match := PROJECTOR.fullmatch(name):
-            found.setdefault(int(match[1] or match[2] or 0), {})[match[3]] = name
+            found.setdefault(int(match[1] or 0), {})[match[2]] = name
     read = source.shards.read
     return [(read(layer["weight"]), read(layer["bias"])) for _, layer in sorted(found.items())]
 

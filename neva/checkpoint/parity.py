@@ -1,7 +1,9 @@
 """The gate before a conversion is published: our model and transformers' run on one batch, and must agree.
 
-Both run in fp32 on the CPU. Where two copies fit in memory the models run whole. Where they do not, they run in slices: for each layer a
-model of that one layer on either side, then the embedding with the head.
+Both run in fp32 on the CPU. Where two copies fit in memory the models run whole. Where they do not,
+they run in slices: for each layer a model of that one layer on either side, from the tensors that
+neva read. Then, so that neva's choice of files and names does not prove itself, the model of the
+first layers alone, which transformers reads from the folder by itself.
 """
 
 import json
@@ -11,6 +13,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ from neva.models.vlm import VISION_BACKENDS, VLM, VLMConfig, projector
 TOLERANCE = 1e-4
 """Largest difference that passes, relative to the largest magnitude where that is over 1."""
 TOKENS = 32
+ROWS = 4096
+"""Rows of two matrices that are compared at once."""
 Read = Callable[[str], Tensor]
 
 
@@ -90,18 +95,20 @@ def decoder(config: DecoderConfig, read: Read, peer: Peer, *, whole: bool) -> li
     """Our decoder, its tensors from `read`, against transformers'."""
     if not whole:
         return [*_decoder_slices(config, read, peer)]
-    theirs, ids = _whole("AutoModelForCausalLM", peer), _ids(config)
-    ends = _ends(config, read, theirs)
+    return _whole_decoder("decoder logits", config, read, _whole("AutoModelForCausalLM", peer))
+
+
+def _whole_decoder(part: str, config: DecoderConfig, read: Read, theirs: Any) -> list[Difference]:
+    ends, ids = _ends(config, read, theirs), _ids(config)
     with torch.no_grad():
         logits = _logits(config, read, ids)
-        compared = _difference("decoder logits", logits, theirs(input_ids=ids).logits[0])
-    return [*ends, compared]
+        return [*ends, _difference(part, logits, theirs(input_ids=ids).logits[0])]
 
 
 def _ends(config: DecoderConfig, read: Read, theirs: Any) -> list[Difference]:
     """Embedding and head by themselves, so that a refusal names the one that is another."""
-    embed = read("decoder.embed.weight").float()
-    head = embed if config.tied else read("head.weight").float()
+    embed = read("decoder.embed.weight")
+    head = embed if config.tied else read("head.weight")
     return [
         _difference("embedding", embed, theirs.get_input_embeddings().weight.detach()),
         _difference(_head(config), head, theirs.get_output_embeddings().weight.detach()),
@@ -115,6 +122,7 @@ def _head(config: DecoderConfig) -> str:
 def vision(config: VisionConfig, read: Read, peer: Peer, *, whole: bool) -> list[Difference]:
     """Our encoder against transformers'; in slices each layer stands alone between the embeddings and the output."""
     tiles, found = _tiles(config), []
+    whole = whole or config.backend == "hf"  # the same code on both sides: no slice of it is ours
     family = hf_config.VISION.get(peer.config["model_type"])
     for number in (None,) if whole else range(config.depth):
         one = config if number is None else replace(config, layers=1, select_layer=-1)
@@ -123,6 +131,8 @@ def vision(config: VisionConfig, read: Read, peer: Peer, *, whole: bool) -> list
             theirs = _build("InternVLVisionModel", *_ported(config, peer, number), peer.cast)
         elif number is None:
             theirs = _whole(family.architecture if family else "AutoModel", peer)
+        elif number == 0 and family and peer.folder is not None:
+            theirs = _theirs(family.architecture, peer.folder, peer.cast, first=("",))
         else:
             described = {**peer.config, "num_hidden_layers": 1}
             theirs = _build(family.architecture if family else "AutoModel", described, _sliced(peer, number), peer.cast)
@@ -137,15 +147,27 @@ def llava(
     read: Read,
     folder: Path,
     *,
+    whole: bool,
     asked: bool = False,
     cast: torch.dtype | None = None,
 ) -> list[Difference]:
-    """A whole LLaVA or LLaVA-NeXT against transformers': its parts, logits of text, with an image.
+    """A LLaVA or LLaVA-NeXT against transformers': its parts, logits of text, with an image.
 
-    With `asked`, theirs reads the features that `config` names, not those of its config.json.
+    It is whole, or its first layers alone. With `asked`, theirs reads the features that `config`
+    names, not those of its config.json.
     """
     assert config.vision is not None
-    theirs: Any = _theirs(hf_vlm.NEXT if config.image.aspect == "anyres" else hf_vlm.LLAVA, folder, cast)
+    first: tuple[str, ...] = ()
+    if not whole:
+        asked, first = True, ("text_config",)
+        config = replace(config, decoder=replace(config.decoder, layers=1, cross_layers=()))
+        assert config.vision is not None
+        if config.vision.backend != "hf":
+            first = (*first, "vision_config")
+            config = replace(config, vision=replace(config.vision, layers=1, select_layer=-1))
+            assert config.vision is not None
+    kind = hf_vlm.NEXT if config.image.aspect == "anyres" else hf_vlm.LLAVA
+    theirs: Any = _theirs(kind, folder, cast, first=first)
     if asked:
         theirs.config.vision_feature_layer = config.vision.select_layer
         theirs.config.vision_feature_select_strategy = strategy(config.vision)
@@ -212,7 +234,7 @@ def one_tensor(
     cast: torch.dtype | None = None,
 ) -> Difference:
     """A tensor that stands by itself against the folder's."""
-    return _difference(part, ours.float(), _rounded(theirs, cast))
+    return _difference(part, ours, theirs.to(cast or theirs.dtype))
 
 
 def _rounded(tensor: Tensor, cast: torch.dtype | None) -> Tensor:
@@ -245,7 +267,32 @@ def fits(parameters: int) -> bool:
 # transformers' side.
 
 
-def _theirs(kind: str, folder: Path, cast: torch.dtype | None) -> nn.Module:
+def _theirs(
+    kind: str,
+    folder: Path,
+    cast: torch.dtype | None,
+    *,
+    first: Sequence[str] = (),
+) -> nn.Module:
+    """What transformers makes of a folder; of the parts in `first` (`""`: all) one layer alone."""
+    import transformers
+
+    made = getattr(transformers, kind)
+    with silence():
+        more = {"config": _first_layers(made, folder, first)} if first else {}
+        model = made.from_pretrained(
+            folder,
+            **more,
+            dtype=cast or torch.float32,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+        )
+        return model.float().eval()
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """transformers says nothing within."""
     import transformers
 
     noisy = transformers.utils.logging
@@ -255,17 +302,25 @@ def _theirs(kind: str, folder: Path, cast: torch.dtype | None) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = getattr(transformers, kind).from_pretrained(
-                folder,
-                dtype=cast or torch.float32,
-                attn_implementation="sdpa",
-                trust_remote_code=False,
-            )
-            return model.float().eval()
+            yield
     finally:
         noisy.set_verbosity(level)
         if bar:
             noisy.enable_progress_bar()
+
+
+def _first_layers(kind: Any, folder: Path, parts: Sequence[str]) -> Any:
+    """The config that transformers reads in a folder, but with one layer in each of the parts."""
+    import transformers
+
+    read = (getattr(kind, "config_class", None) or transformers.AutoConfig).from_pretrained
+    described: Any = read(folder, trust_remote_code=False)
+    for part in parts:
+        one = getattr(described, part) if part else described
+        one.num_hidden_layers = 1
+        if getattr(one, "layer_types", None):
+            one.layer_types = one.layer_types[:1]
+    return described
 
 
 def _hidden(tower: nn.Module, config: VisionConfig, tiles: Tensor) -> Tensor:
@@ -359,7 +414,12 @@ def _decoder_slices(config: DecoderConfig, read: Read, peer: Peer) -> Iterator[D
         with torch.no_grad():
             hidden = norm(ours(x, torch.arange(TOKENS)[None], _alone(TOKENS))[0])
             yield _difference(f"decoder layer {number}", hidden, theirs.model(inputs_embeds=x).last_hidden_state)
-    yield from _outer(config, read, peer, table)
+    if peer.folder is None:
+        yield from _outer(config, read, peer, table)
+        return
+    theirs = _theirs("AutoModelForCausalLM", peer.folder, peer.cast, first=("",))
+    one = replace(config, layers=1, cross_layers=())
+    yield from _whole_decoder("logits of the first layer", one, read, theirs)
 
 
 def _outer(
@@ -437,4 +497,6 @@ def _tiles(config: VisionConfig) -> Tensor:
 
 def _difference(part: str, ours: Tensor, theirs: Tensor) -> Difference:
     assert ours.shape == theirs.shape, f"{part}: {list(ours.shape)} against {list(theirs.shape)}"
-    return Difference(part=part, largest=float((ours - theirs).abs().max()), magnitude=float(theirs.abs().max()))
+    pairs = zip(ours.split(ROWS), theirs.split(ROWS), strict=True)  # some rows: a copy may be large
+    largest = torch.stack([(a.float() - b.float()).abs().max() for a, b in pairs]).max()
+    return Difference(part=part, largest=float(largest), magnitude=float(theirs.abs().max()))

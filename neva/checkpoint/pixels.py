@@ -1,6 +1,5 @@
 """The gate's third part: a folder's image processor, asked through transformers, has our pixels."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from PIL import Image
 
 from neva.checkpoint.hf import around, image_settings
 from neva.checkpoint.manifest import CheckpointError
+from neva.checkpoint.parity import silence
 from neva.checkpoint.source import Source
 from neva.data.image import to_tiles
 from neva.models.vit import VisionConfig, normalise
@@ -38,8 +38,7 @@ def _has_processor(source: Source) -> bool:
 def _compare(source: Source) -> str:
     import transformers
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with silence():
         try:
             read = transformers.AutoImageProcessor.from_pretrained
             theirs: Any = read(source.folder, backend="pil", trust_remote_code=False)

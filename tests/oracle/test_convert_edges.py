@@ -88,7 +88,7 @@ def test_a_cut_off_import_with_another_seed_starts_over(tmp_path, monkeypatch):
     assert (tmp_path / "neva.tmp" / "weights" / ".metadata").exists()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill(patch)
-        patch.setattr(stream, "write", None)  # not called again
+        patch.setattr(stream, "_write_all", None)  # not called again
         come_in(*sources, to=tmp_path / "neva", seed=1, template="plain")
     (tmp_path / "neva.tmp" / "source" / "decoder" / "generation_config.json").write_text("{}")  # of a source that had one
     (sources[0] / "generation_config.json").unlink(missing_ok=True)
@@ -104,7 +104,7 @@ def test_a_cut_off_import_of_one_part_does_not_look_at_the_seed(tmp_path, monkey
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill(patch)
         come_in(tmp_path / "hf", to=tmp_path / "neva", seed=1)
-    monkeypatch.setattr(stream, "write", None)
+    monkeypatch.setattr(stream, "_write_all", None)
     assert come_in(tmp_path / "hf", to=tmp_path / "neva", seed=2).exists()
 
 
@@ -361,7 +361,7 @@ def test_a_size_that_was_said_is_taken(tmp_path):
         assert settings["size"] == {"height": side, "width": side}
     whole(tmp_path / "hf")
     change(tmp_path / "hf", "processor_config.json", image_processor=None)
-    processed(tmp_path / "hf", size={"shortest_edge": 56})
+    processed(tmp_path / "hf", size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     with pytest.raises(ValueError, match="brings images to 56 pixels, its encoder takes 28: say vision.image=56 .*, or vision.image=28"):
         come_in(tmp_path / "hf", to=tmp_path / "neva")
     come_in(tmp_path / "hf", to=tmp_path / "neva", overrides=("vision.image=56",))

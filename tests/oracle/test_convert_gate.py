@@ -14,7 +14,9 @@ import transformers as tf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from neva.checkpoint import hf, index, store
+from neva.checkpoint import gate as gates
+from neva.checkpoint import hf, index, parity, store
+from neva.checkpoint import shards as files
 from neva.checkpoint.hf import Options
 from neva.checkpoint.manifest import CheckpointError
 from tests.families import TEXT, build, clip, llama, llava, on_disk, siglip
@@ -392,16 +394,9 @@ def test_an_encoder_of_another_resolution_in_the_file_is_refused(gate, tmp_path)
 
 def test_an_encoder_of_transformers_in_the_file_is_refused(gate, tmp_path):
     """Names of an encoder that runs as transformers' model are not read out of a LLaVA's file."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_ratio": 2}
-    dino = lambda: tf.Dinov2Config(**sizes, image_size=28, patch_size=14)  # noqa: E731
-    llava, seen = original(tmp_path, vision=dino)
-    change(
-        seen,
-        "preprocessor_config.json",
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        size={"height": 28, "width": 28},
-    )
+    llava, seen = original(tmp_path)
+    shutil.rmtree(seen)
+    dinov2(seen)
     add_tower(llava, {f"model.vision_tower.vision_tower.{n}": t for n, t in on_disk(seen).items()})
     with pytest.raises(ValueError, match="holds the weights of its encoder .* of a dinov2"):
         gate.come_in(llava, seen, to=tmp_path / "neva")
@@ -486,3 +481,66 @@ def test_resolution_of_the_encoder_that_a_llava_names(name, side, tmp_path, monk
     change(seen, image_size=side or 28)
     sources = [hf.read_source(folder) for folder in (llava, seen)]
     assert "a side" not in "\n".join(hf.compose(sources, Options())[2])
+
+
+# The gate does not believe what neva read: transformers opens the folder too.
+
+
+@pytest.mark.parametrize("whole_models", [True, False])
+@pytest.mark.parametrize("what", ["decoder", "encoder", "llava"])
+def test_a_wrong_choice_of_files_is_found(what, whole_models, tmp_path, monkeypatch):
+    """Were the torch file read beside the safetensors, the gate would see other weights."""
+    monkeypatch.setattr(parity, "fits", lambda parameters: whole_models)
+    folder = tmp_path / "hf"
+    config = {"decoder": llama(), "encoder": clip(), "llava": llava(llama(vocab_size=390))}[what]
+    states = [random_bits(config, folder, seed) for seed in (1, 2)]
+    one_file(folder, states[0])
+    torch_file(folder, states[1])
+    found = files.weight_sets
+    monkeypatch.setattr(files, "weight_sets", lambda folder: found(folder)[::-1])
+    source = hf.read_source(folder)
+    chosen = hf.plan([source], Options())
+    wrong = gates.compare([source], chosen.model, chosen.vision, chosen.read)
+    with pytest.raises(CheckpointError, match="is not published: against transformers"):
+        parity.check(wrong, "it")
+
+
+@pytest.mark.parametrize("whole_models", [True, False])
+@pytest.mark.parametrize("made", [tied_llama, tied_llava])
+@pytest.mark.parametrize("head", ["other", "alone"])
+def test_a_head_that_is_wrongly_tied_is_found(head, made, whole_models, tmp_path, monkeypatch):
+    """Were the head in the folder dropped, the gate would name it, whole and in pieces."""
+    monkeypatch.setattr(parity, "fits", lambda parameters: whole_models)
+    made(tmp_path / "hf", head)
+    monkeypatch.setattr(hf, "as_tied", lambda source: source)
+    source = hf.read_source(tmp_path / "hf")
+    if head == "alone":
+        with pytest.raises(CheckpointError, match="embed_tokens.weight' is missing"):
+            hf.plan([source], Options())
+        return
+    chosen = hf.plan([source], Options())
+    wrong = gates.compare([source], chosen.model, chosen.vision, chosen.read)
+    with pytest.raises(CheckpointError, match="head, tied to the embedding, differs by"):
+        parity.check(wrong, "it")
+
+
+def dinov2(folder: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_ratio": 2}
+    build(tf.Dinov2Config(**sizes, image_size=28, patch_size=14), folder)
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_center_crop": False}
+    change(folder, "preprocessor_config.json", **settings, size={"height": 28, "width": 28})
+
+
+@pytest.mark.parametrize("composed", [False, True])
+def test_an_encoder_of_transformers_on_each_path(composed, gate, tmp_path):
+    """It is no code of ours: it is compared whole though the rest is compared in pieces."""
+    dinov2(tmp_path / "seen")
+    sources = [tmp_path / "seen"]
+    if composed:
+        build(llama(vocab_size=SIZE), tmp_path / "text")
+        add_text(tmp_path / "text", image=False, pad=False)
+        sources.insert(0, tmp_path / "text")
+    out = gate.there_and_back(*sources)
+    state = on_disk(out)
+    tower = {name.removeprefix("vision_tower."): tensor for name, tensor in state.items()}
+    assert all(torch.equal(tower[n], t) for n, t in on_disk(tmp_path / "seen").items())
