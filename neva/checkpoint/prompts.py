@@ -1,10 +1,12 @@
 """The gate's other half: a folder's tokenizer and processors, asked through transformers, give the ids and pixels of `neva generate`."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 from PIL import Image
 
@@ -14,11 +16,16 @@ from neva.data.encode import Encoder
 from neva.data.image import to_tiles
 from neva.data.sample import MARKER, Sample, Turn
 from neva.data.templates import find_template
-from neva.data.tokenizer import Tokenizer
+from neva.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from neva.data.vocabularies import WITHOUT_PREFIX
 from neva.models.vit import VisionConfig, normalise
 
 TEXTS = ("What is this?", "Two  spaces,\ttabs\nand breaks: naïve café 日本 🙂 1234567", "It's 3.14, isn't it? [INST] {x} <b>")
 """None begins with a space: versions of transformers differ on those of a SentencePiece model."""
+PLAIN = (TEXTS[0], "Tabs,\tbreaks\nand more: naïve café 日本 🙂 1234567", "It's 3.14, isn't it? {x} <b>")
+"""Texts that transformers must split as SentencePiece does."""
+SPACED = ("Two  spaces", "x   y    z", " one before", "   three before", "and one behind ")
+"""Texts on which transformers 5 differs: it joins spaces by their place in the vocabulary, not by their score."""
 TALKS: dict[str, tuple[tuple[int, str, str], ...]] = {
     "a question": ((0, "user", TEXTS[1]),),
     "three turns": ((0, "user", TEXTS[0]), (0, "assistant", "A cat."), (0, "user", TEXTS[2])),
@@ -75,7 +82,14 @@ def compare_prompts(folder: Path, encoder: Encoder, vision: VisionConfig | None)
         raise CheckpointError(f"{folder}: its template takes none of {', '.join(TALKS)}, so no prompt can be compared (--no-parity publishes it).")
     if apart > PIXELS:
         raise CheckpointError(f"{folder}: transformers' image processor gives pixels that differ by {apart:.2e} from those that the model is fed.")
-    return f"Prompts: {equal} of {equal} have transformers' token ids" + (f"; largest difference of pixels {apart:.1e}" if images else "")
+    line = f"Prompts: {equal} of {equal} have transformers' token ids"
+    if images:
+        line += f"; largest difference of pixels {apart:.1e}"
+    if isinstance(encoder.tokenizer, SentencePieceTokenizer):
+        plain = theirs.tokenizer if images else theirs
+        odd = _beside_sentencepiece(folder, encoder.tokenizer, plain)
+        line += f"\nTokenizer: {odd}" if odd else ""
+    return line
 
 
 def compare_texts(folder: Path, tokenizer: Tokenizer) -> str:
@@ -88,6 +102,9 @@ def compare_texts(folder: Path, tokenizer: Tokenizer) -> str:
             theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # code beside the weights, or a library that is not installed
             return f"Tokenizer: NOT COMPARED, transformers cannot read it ({str(error).splitlines()[0][:100]})"
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        odd = _beside_sentencepiece(folder, tokenizer, theirs)
+        return f"Tokenizer: {odd or 'ids of texts are those of SentencePiece and transformers'}"
     for text in TEXTS:
         mine, ids = tokenizer.encode(text), theirs(text, add_special_tokens=False).input_ids
         if mine != ids and (folder / "tokenizer.json").is_file():
@@ -95,6 +112,48 @@ def compare_texts(folder: Path, tokenizer: Tokenizer) -> str:
         if mine != ids:
             raise CheckpointError(_otherwise(repr(text), mine, ids, folder))
     return f"Tokenizer: {len(TEXTS)} of {len(TEXTS)} texts have transformers' token ids"
+
+
+def _beside_sentencepiece(folder: Path, tokenizer: SentencePieceTokenizer, theirs: Any) -> str:
+    """What to say of a SentencePiece model that transformers reads otherwise than SentencePiece; empty if it does not.
+
+    Ours must give SentencePiece's ids of every text. Theirs may differ on spaces, on the space before a text where the file
+    wants none, and behind a special token where the folder does not say which way: CheckpointError for all else.
+    """
+    own = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_proto)
+    inner = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_proto + WITHOUT_PREFIX)
+    prefixed = own.encode("a") != inner.encode("a")
+    kinds: list[str] = []
+    for text in (*PLAIN, *SPACED):
+        mine = tokenizer.encode(text)
+        if mine != own.encode(text):
+            raise CheckpointError(_otherwise(repr(text), mine, own.encode(text), folder, whose="SentencePiece"))
+        ids = theirs(text, add_special_tokens=False).input_ids
+        if ids == mine:
+            continue
+        single = re.sub(" +", " ", text).strip(" ")
+        known = [inner.encode(" " + single)] + ([] if prefixed else [inner.encode(single)])
+        if theirs(single, add_special_tokens=False).input_ids not in known:
+            raise CheckpointError(_otherwise(repr(text), mine, ids, folder))
+        kinds.append(SPACES if prefixed else FIRST_SPACE)
+    name = own.id_to_piece(own.eos_id())
+    behind = f"a{name}b"
+    mine = tokenizer.encode(behind)
+    ids = theirs(behind, add_special_tokens=False).input_ids
+    if prefixed and mine != ids:
+        if tokenizer.says_legacy or ids != [*own.encode("a"), own.eos_id(), *inner.encode("b")]:
+            raise CheckpointError(_otherwise(repr(behind), mine, ids, folder))
+        kinds.append(BEHIND)
+    if not kinds:
+        return ""
+    listed = ", ".join(dict.fromkeys(kinds))
+    return f"transformers reads otherwise: {listed}; neva follows SentencePiece"
+
+
+SPACES = "several spaces together and spaces at the ends of a text"
+FIRST_SPACE = "the start of a text (this file wants no space before it)"
+BEHIND = "the text behind a special token (tokenizer_config.json does not say `legacy`)"
+"""Where transformers 5 may differ from SentencePiece and from LLaVA."""
 
 
 def _theirs(theirs: Any, talk: tuple[tuple[int, str, str], ...], pictures: tuple[Image.Image, ...], images: bool) -> dict[str, Any]:
@@ -122,7 +181,9 @@ def _picture(number: int) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def _otherwise(name: str, mine: list[int], theirs: list[int], folder: Path, *, advice: str = "--no-parity publishes it all the same") -> str:
+def _otherwise(
+    name: str, mine: list[int], theirs: list[int], folder: Path, *, advice: str = "--no-parity publishes it all the same", whose: str = "transformers"
+) -> str:
     at = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
-    shown = f"ours has {json.dumps(mine[max(0, at - 2) : at + 6])}, transformers {json.dumps(theirs[max(0, at - 2) : at + 6])}"
-    return f"{folder}: its tokenizer gives other ids in transformers for {name}, from token {at} on: {shown} ({advice})."
+    shown = f"ours has {json.dumps(mine[max(0, at - 2) : at + 6])}, {whose} {json.dumps(theirs[max(0, at - 2) : at + 6])}"
+    return f"{folder}: its tokenizer gives other ids in {whose} for {name}, from token {at} on: {shown} ({advice})."

@@ -13,8 +13,7 @@ from neva.data.encode import Encoder
 from neva.data.sample import MARKER
 from neva.data.template import starts
 from neva.data.templates import find_template
-from neva.data.tokenizer import JsonTokenizer, Tokenizer
-from neva.data.vocabularies import from_sentencepiece
+from neva.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from neva.models.hf_vlm import processor_class
 
 PAD = "<pad>"
@@ -78,7 +77,8 @@ def prepare_tokens(
     elif isinstance(tokenizer, JsonTokenizer):
         files = {name: content for name, content in tokenizer.files.items() if name in TEXT_FILES and name != "added_tokens.json"}
     else:
-        files = from_sentencepiece(tokenizer.files["tokenizer.model"])
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        files = tokenizer.as_json()
     model = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **json.loads(files.get("tokenizer_config.json", b"{}"))}
     config = {"model_max_length": length, **config} | ({"processor_class": processor_class(encoder.layout.aspect)} if images else {})
@@ -131,13 +131,56 @@ def _chat(encoder: Encoder, config: dict[str, Any]) -> dict[str, bytes]:
     if not encoder.template and not images and not message:
         return {"chat_template.jinja": tokenizer.chat_template.encode()}
     text = chosen.jinja.strip("\n")
-    # A processor puts the start token before every text. A tokenizer does not, where its template is asked.
-    if images and tokenizer.bos is not None and starts(chosen):
-        text = "{%- set whole %}\n" + text + "{%- endset %}\n{{- whole[bos_token | length:] }}"
-    elif not images and tokenizer.bos is not None and encoder.template and not starts(chosen):
-        text = "{{- bos_token }}" + text
+    if images:
+        text = _for_processor(text, tokenizer, starts=starts(chosen))
+    elif encoder.template:
+        text = _for_tokenizer(text, tokenizer, starts=starts(chosen))
     around = encoder.layout.image_prefix, encoder.layout.image_suffix
     return {"chat_template.jinja": (_flattened(message, around, caption=chosen.caption) + text).encode()}
+
+
+def _for_processor(text: str, tokenizer: Tokenizer, *, starts: bool) -> str:
+    """A template whose text a processor takes: it puts the start token before it, and `<image>` is a special token there."""
+    begins = starts and tokenizer.bos is not None
+    spaced = tokenizer.gap and tokenizer.image_parts
+    if not begins and not spaced:
+        return text
+    whole = "whole[bos_token | length:]" if begins else "whole"
+    text = "{%- set whole %}\n" + text + "{%- endset %}\n"
+    if not spaced:
+        return text + "{{- " + whole + " }}"
+    lines = (
+        "{%- for part in (" + whole + f").split({MARKER!r}) %}}",
+        f"{{%- if not loop.first %}}{{{{ {MARKER!r} }}}}",
+        f"{{%- if part and {_needs_gap('part', text, tokenizer)} %}}{{{{ ' ' }}}}{{% endif %}}",
+        "{%- endif %}",
+        "{{- part }}",
+        "{%- endfor %}",
+    )
+    return text + "\n".join(lines)
+
+
+def _for_tokenizer(text: str, tokenizer: Tokenizer, *, starts: bool) -> str:
+    """A template whose text a tokenizer takes as it is: the template writes the start token itself."""
+    if tokenizer.bos is None or (starts and not tokenizer.gap):
+        return text
+    if not tokenizer.gap:
+        return "{{- bos_token }}" + text
+    whole = "whole[bos_token | length:]" if starts else "whole"
+    need = _needs_gap("whole", text, tokenizer)
+    text = "{%- set whole %}\n" + text + "{%- endset %}\n"
+    text += "{%- set whole = " + whole + " %}\n"
+    return text + "{{- bos_token + (' ' if " + need + " else '') + whole }}"
+
+
+def _needs_gap(name: str, template: str, tokenizer: Tokenizer) -> str:
+    """The Jinja condition that the text of this name must have a space between it and a special token before it.
+
+    None stands before another special token. Before a space a tokenizer.json wants none, and SentencePiece one more.
+    """
+    begins = [token for token in tokenizer.specials if token in template]
+    begins += [] if tokenizer.image_parts else [" "]
+    return f"not {name}.startswith({tuple(begins)!r})"
 
 
 _CHAT = (

@@ -54,7 +54,7 @@ class Draft:
     marks: list[bool] = field(default_factory=list)
     images: list[Placed] = field(default_factory=list)
     begin: int = 0
-    """Where the text begins, behind a start token that the template did not write."""
+    """Where the text begins: behind a start token, unless the tokenizer's own template wrote it."""
 
     def add(self, ids: Sequence[int], *, loss: bool = False) -> None:
         """Append tokens."""
@@ -192,6 +192,8 @@ class Encoder:
                 self._flush(draft, span)
                 draft.add(self._special(piece), loss=piece.loss)
                 span = []
+                if piece.what == "start" and piece is pieces[0] and self.template:
+                    draft.begin = len(draft.tokens)
         self._flush(draft, span)
         if answer and not any(draft.marks):
             raise ValueError("no token carries loss: its answers are empty")
@@ -286,7 +288,9 @@ class Encoder:
         A label starts behind the ids of the text before it tokenised alone: this is the prompt that a server would send. Where an id
         would span that border the label is tokenised by itself, so that for any tokenizer training sees the ids of the prompt.
         """
-        first = len(draft.tokens) == draft.begin
+        at = len(draft.tokens)
+        behind_image = bool(draft.images) and draft.images[-1].end == at
+        first = at == draft.begin or (behind_image and self.tokenizer.image_parts)
         for number in range(1, len(span)):
             if span[number].loss and not span[number - 1].loss:
                 before = self.tokenizer.encode("".join(piece.text for piece in span[:number]), first=first)

@@ -3,7 +3,7 @@
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,16 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from neva.data.vocabularies import from_gpt2, from_ranks, from_sentencepiece, is_ranks
+from neva.data.vocabularies import (
+    WITHOUT_PREFIX,
+    Added,
+    from_gpt2,
+    from_ranks,
+    from_sentencepiece,
+    gap_in_ids,
+    is_ranks,
+    read_proto,
+)
 
 STARTS = ("<s>", "<|begin_of_text|>", "<bos>")
 """Names of a token that stands before a text, where tokenizer_config.json does not tell."""
@@ -28,6 +37,9 @@ FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", *
 class Tokenizer(ABC):
     """What the rest needs of a tokenizer. Holds its files' contents, so that it can be saved after they are gone, and pickled."""
 
+    image_parts = False
+    """Is the text behind an image encoded as if a new text began, as LLaVA does? Else as behind a special token."""
+
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
 
@@ -38,7 +50,7 @@ class Tokenizer(ABC):
     def encode(self, text: str, *, first: bool = True) -> list[int]:
         """Token ids of a text; special tokens spelled in it become their ids, none is added.
 
-        `first` is false for a text that goes on behind a special token or an image: some tokenizers then put no space before it.
+        `first` is false for a text that goes on behind a special token: some tokenizers then put no space before it.
         """
 
     @abstractmethod
@@ -81,6 +93,12 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
+    def gap(self) -> str:
+        """What must stand between a special token and a text for the text to have the ids of a first one: a space or nothing."""
+
+
+    @property
+    @abstractmethod
     def eos(self) -> int:
         """The id that ends an answer."""
 
@@ -102,19 +120,69 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A `.model` file (Llama-2, Vicuna, Mistral), read as LLaVA reads it: transformers' LlamaTokenizer with legacy=True.
+    """A `.model` file (Llama-2, Vicuna, Mistral), read by SentencePiece as LLaVA does through transformers' slow LlamaTokenizer.
 
-    That is: the text is split at the special tokens, and each part between is encoded by itself, with SentencePiece's leading space.
+    A text is split at its special and added tokens, and SentencePiece encodes each part between by itself. With the file's own
+    setting add_dummy_prefix it puts a space before a part: before every one where the folder does not say `legacy: false`
+    ("</s>USER" has the ids of "</s>" and " USER"), else before the first alone.
     """
+
+    image_parts = True
+
+    @property
+    def model_proto(self) -> bytes:
+        """The SentencePiece file, without its space before a text where the folder says so."""
+        own = self._config.get("add_prefix_space") is not False
+        return self.files["tokenizer.model"] + (b"" if own else WITHOUT_PREFIX)
 
     @cached_property
     def _model(self) -> sentencepiece.SentencePieceProcessor:
-        return sentencepiece.SentencePieceProcessor(model_proto=self.files["tokenizer.model"])
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model_proto)
+
+    @cached_property
+    def _inner(self) -> sentencepiece.SentencePieceProcessor:
+        """Encodes a part behind a special token."""
+        if self._legacy:
+            return self._model
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model_proto + WITHOUT_PREFIX)
+
+    @property
+    def _legacy(self) -> bool:
+        return self._config.get("legacy") is not False
+
+    @property
+    def says_legacy(self) -> bool:
+        """Does the folder say how text behind a special token is read? Where not, it is as in LLaVA's time."""
+        return isinstance(self._config.get("legacy"), bool)
+
+    @cached_property
+    def _prefix(self) -> bool:
+        """Does a text begin with a space?"""
+        return read_proto(self.model_proto).prefix
+
+    @cached_property
+    def _added(self) -> dict[int, Added]:
+        size = self._model.get_piece_size()
+        added = _added(self.files)
+        beyond = [id for id in added if id >= size]
+        for place, id in enumerate(beyond):
+            if id != size + place:
+                raise ValueError(gap_in_ids(added[id].text, id, size))
+        return added
+
+    @cached_property
+    def _hidden(self) -> set[int]:
+        """Ids that decoded text leaves out."""
+        shown = {id for id, token in self._added.items() if not token.special}
+        return set(self._special.values()) - shown
 
     @cached_property
     def _special(self) -> dict[str, int]:
-        ids = (self._model.unk_id(), self._model.bos_id(), self._model.eos_id())
-        return {self._model.id_to_piece(id): id for id in ids if id >= 0}
+        """What a text is split at, by text: the model's special tokens and those that were added."""
+        size = self._model.get_piece_size()
+        own = [id for id in range(size) if self._model.is_control(id) or id == self._model.unk_id()]
+        added = {token.text: id for id, token in self._added.items()}
+        return {self._model.id_to_piece(id): id for id in own} | added
 
     @cached_property
     def specials(self) -> tuple[str, ...]:
@@ -122,40 +190,88 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _split(self) -> re.Pattern[str]:
-        return re.compile("(" + "|".join(re.escape(piece) for piece in self._special) + ")")
+        longest_first = sorted(self._special, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
+        parts = self._split.split(text)
+        for at in range(1, len(parts), 2):
+            token = self._added.get(self._special[parts[at]])
+            if token is not None and token.lstrip:
+                parts[at - 1] = parts[at - 1].rstrip()
+            if token is not None and token.rstrip:
+                parts[at + 1] = parts[at + 1].lstrip()
         ids: list[int] = []
-        for part in self._split.split(text):
-            ids += [self._special[part]] if part in self._special else self._model.encode(part)
+        for at, part in enumerate(parts):
+            if at % 2:
+                ids.append(self._special[part])
+            else:
+                model = self._model if at == 0 and first else self._inner
+                ids += model.encode(part)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        special = set(self._special.values())  # an embedding padded to a round size knows ids that the model does not
-        return self._model.decode([int(id) for id in ids if 0 <= id < self.size and id not in special])
+        size = self._model.get_piece_size()
+        text = ""
+        run: list[int] = []
+        for id in (int(id) for id in ids if int(id) not in self._hidden):
+            if id in self._added:
+                text += self._spelled(run, text) + self._added[id].text
+                run = []
+            elif 0 <= id < size:
+                run.append(id)
+        return text + self._spelled(run, text)
+
+    def _spelled(self, run: list[int], before: str) -> str:
+        """A part's text, without the space that encoding it would put before it."""
+        return (self._inner if before else self._model).decode(run)
+
+    def _named(self, role: str, own: int) -> int:
+        """Id of the config's token of this role, else the model's own; -1 if there is none."""
+        token = self._config.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str):
+            return own
+        id = self._special.get(token, self._model.piece_to_id(token))
+        return own if id == self._model.unk_id() and token != self._model.id_to_piece(id) else id
+
+    @property
+    def gap(self) -> str:
+        return "" if self._legacy or not self._prefix else " "
 
     @property
     def bos(self) -> int | None:
         return self.start if self._config.get("add_bos_token", True) else None
 
-    @property
+    @cached_property
     def start(self) -> int | None:
-        return self._model.bos_id() if self._model.bos_id() >= 0 else None
+        id = self._named("bos_token", self._model.bos_id())
+        return id if id >= 0 else None
 
     @cached_property
     def eos(self) -> int:
-        token = self._config.get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        id = self._model.piece_to_id(token) if token else self._model.unk_id()
-        return self._model.eos_id() if id == self._model.unk_id() else id
+        return self._named("eos_token", self._model.eos_id())
 
-    @property
+    @cached_property
     def pad(self) -> int:
-        return self._model.pad_id() if self._model.pad_id() >= 0 else self._model.unk_id()
+        id = self._named("pad_token", self._model.pad_id())
+        return id if id >= 0 else self._model.unk_id()
 
-    @property
+    @cached_property
     def size(self) -> int:
-        return self._model.get_piece_size()
+        return max([self._model.get_piece_size(), *(id + 1 for id in self._added)])
+
+    def as_json(self) -> dict[str, bytes]:
+        """The same tokenizer as a `tokenizer.json` and its config. ValueError for a model that has no such form."""
+        spelled = {id: text for text, id in self._special.items()}
+        return from_sentencepiece(
+            self.files["tokenizer.model"],
+            added=self._added,
+            legacy=self._legacy,
+            prefix=self._prefix,
+            end=spelled.get(self.eos) or self._model.id_to_piece(self.eos),
+            start=None if self.bos is None else spelled[self.bos],
+        )
 
 
 class JsonTokenizer(Tokenizer):
@@ -193,6 +309,10 @@ class JsonTokenizer(Tokenizer):
         """A special token behind which text is tokenised otherwise than at the start (SentencePiece with legacy=false); empty if it is not."""
         end = self._model.id_to_token(self.eos) or ""
         return end if self._model.encode(end + "a", add_special_tokens=False).ids[1:] != self.encode("a") else ""
+
+    @cached_property
+    def gap(self) -> str:
+        return " " if self._spaced and self.encode("a", first=True) == self.encode(" a", first=False) else ""
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(id) for id in ids if id >= 0], skip_special_tokens=True)
@@ -239,22 +359,22 @@ def _read(file: Path) -> dict[str, bytes]:
     else:
         files = from_ranks(content) if is_ranks(content) else {"tokenizer.model": content}
     beside = {name: (file.parent / name).read_bytes() for name in BESIDE if (file.parent / name).is_file()}
-    if "tokenizer.model" in files and (added := _added(beside)) is not None:
-        files = from_sentencepiece(content, **added)
     return {**files, **beside}
 
 
-def _added(beside: dict[str, bytes]) -> dict[str, Any] | None:
-    """What a SentencePiece model's neighbours change about it: tokens added later, and whether text behind one begins with a space.
-
-    None if nothing: then SentencePiece reads the model itself.
-    """
-    config = json.loads(beside.get("tokenizer_config.json", b"{}"))
-    listed = {int(id): token for id, token in config.get("added_tokens_decoder", {}).items()}
-    tokens = {id: (token["content"], bool(token.get("special"))) for id, token in listed.items()}
-    tokens = {id: (text, True) for text, id in json.loads(beside.get("added_tokens.json", b"{}")).items()} | tokens
-    legacy = config.get("legacy") is not False
-    return None if legacy and all(text in ("<unk>", "<s>", "</s>") for text, _ in tokens.values()) else {"added": tokens, "legacy": legacy}
+def _added(files: Mapping[str, bytes]) -> dict[int, Added]:
+    """The tokens that a SentencePiece model's neighbours add, by id; also names that they give to pieces of the model."""
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    listed = json.loads(files.get("added_tokens.json", b"{}"))
+    added = {id: Added(text=text) for text, id in listed.items()}
+    for id, token in config.get("added_tokens_decoder", {}).items():
+        added[int(id)] = Added(
+            text=token["content"],
+            special=bool(token.get("special")),
+            lstrip=bool(token.get("lstrip")),
+            rstrip=bool(token.get("rstrip")),
+        )
+    return dict(sorted(added.items()))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -5,7 +5,8 @@ The results give the ids of the originals; a test compares them with llama.cpp's
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
@@ -53,35 +54,152 @@ def from_gpt2(vocabulary: bytes, merges: bytes) -> dict[str, bytes]:
     return _byte_level(model, ("<|endoftext|>",), "<|endoftext|>", None)
 
 
-def from_sentencepiece(content: bytes, *, added: Mapping[int, tuple[str, bool]] | None = None, legacy: bool = True) -> dict[str, bytes]:
-    """Files of a tokenizer from a SentencePiece BPE model, as transformers' LlamaTokenizer reads it.
+@dataclass(frozen=True, kw_only=True)
+class Added:
+    """A token that was added to a vocabulary later."""
 
-    `added` tokens are id -> (text, is it special?); without `legacy` a text behind one of them begins without a space.
+    text: str
+    special: bool = True
+    """Left out of decoded text."""
+    lstrip: bool = False
+    """It takes the white space before it."""
+    rstrip: bool = False
+    """It takes the white space behind it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proto:
+    """What a SentencePiece file says and its library does not."""
+
+    user_defined: frozenset[int]
+    """Ids of pieces that are found in a text before anything else."""
+    prefix: bool
+    """Does it put a space before every text (add_dummy_prefix)?"""
+    bpe: bool
+    """Is it byte-pair encoding, and no unigram model?"""
+
+
+def read_proto(content: bytes) -> Proto:
+    """A SentencePiece file's own settings: a protobuf message, ModelProto in sentencepiece_model.proto."""
+    user_defined = set()
+    prefix = True
+    bpe = False
+    number = 0
+    for field, value in _fields(content):
+        if field == 1 and isinstance(value, bytes):  # a piece; its field 3 is its kind, and 4 is USER_DEFINED
+            if dict(_fields(value)).get(3) == 4:
+                user_defined.add(number)
+            number += 1
+        elif field == 2 and isinstance(value, bytes):  # how it was trained; 3 is the kind of model, and 2 is BPE
+            bpe = dict(_fields(value)).get(3, 1) == 2
+        elif field == 3 and isinstance(value, bytes):  # how texts are normalised
+            prefix = bool(dict(_fields(value)).get(3, prefix))
+    return Proto(user_defined=frozenset(user_defined), prefix=prefix, bpe=bpe)
+
+
+WITHOUT_PREFIX = b"\x1a\x02\x18\x00"
+"""Appended to a SentencePiece file it sets add_dummy_prefix=false: a later field 3 of a protobuf message is merged into the first."""
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a protobuf message: their numbers and values, whole numbers as int and all others as bytes."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _varint(message, at)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            size, at = _varint(message, at)
+        else:
+            size = 8 if kind == 1 else 4
+        yield key >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """A whole number of seven bits a byte, lowest first, and where the next field begins."""
+    value = 0
+    shift = 0
+    while message[at] & 128:
+        value |= (message[at] & 127) << shift
+        shift += 7
+        at += 1
+    return value | message[at] << shift, at + 1
+
+
+PROBE = "The  quick\tfox,   naïve ﬁne Ⅻ 日本 🙂 1234567\n\n jumped"
+"""A text on which kinds of segmentation and normalisation differ."""
+
+
+def from_sentencepiece(
+    content: bytes,
+    *,
+    added: Mapping[int, Added] | None = None,
+    legacy: bool = True,
+    prefix: bool = True,
+    end: str = "",
+    start: str | None = None,
+) -> dict[str, bytes]:
+    """Files of a tokenizer from a SentencePiece BPE model, read as LLaVA and transformers' slow LlamaTokenizer read it.
+
+    `added`: tokens by id. `prefix`: a text begins with a space, with `legacy` also behind a special token (and, which
+    SentencePiece does not, behind a user-defined piece). `end` ends an answer, the model's own if empty; `start` is put
+    before every text.
     ValueError for a model that is not BPE with byte fallback, whose segmentation is another, and for added ids with gaps.
     """
     model = sentencepiece.SentencePieceProcessor(model_proto=content)
+    proto = read_proto(content)
     size = model.get_piece_size()
-    if not any(model.is_byte(id) for id in range(size)):
-        raise ValueError("the SentencePiece model has no byte fallback; only Llama's kind (BPE with bytes) can be written as tokenizer.json")
-    vocabulary = {model.id_to_piece(id): id for id in range(size)}
+    if not proto.bpe or not any(model.is_byte(id) for id in range(size)):
+        kind = "has no byte fallback" if proto.bpe else "is no BPE but a unigram model"
+        raise ValueError(f"the SentencePiece model {kind}; only Llama's kind (BPE with bytes) can be written as tokenizer.json")
+    pieces = {id: model.id_to_piece(id) for id in range(size)}
+    pieces |= {id: token.text for id, token in (added or {}).items() if id < size}
+    vocabulary = {piece: id for id, piece in pieces.items()}
+    unknown = pieces[model.unk_id()]
+    merges = _merges(vocabulary, model)
+    built = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    spaces = [normalizers.Prepend("▁")] if prefix and legacy else []
+    if prefix and not legacy:
+        built.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    else:
+        built.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    whole = model if prefix else sentencepiece.SentencePieceProcessor(model_proto=content + WITHOUT_PREFIX)
+    if built.encode(PROBE).ids != whole.encode(PROBE):
+        raise ValueError("the SentencePiece model splits or normalises text as no tokenizer.json of Llama's kind does (NFKC)")
+    special = [id for id in range(size) if model.is_control(id) or id == model.unk_id()]
+    built.add_special_tokens([AddedToken(pieces[id], normalized=False, special=True) for id in special])
+    built.add_tokens([AddedToken(pieces[id], normalized=False, special=False) for id in sorted(proto.user_defined)])
+    for id, token in sorted((added or {}).items()):
+        strips = {"lstrip": token.lstrip, "rstrip": token.rstrip}
+        built.add_tokens([AddedToken(token.text, normalized=False, special=token.special, **strips)])
+        if built.token_to_id(token.text) != id:
+            raise ValueError(gap_in_ids(token.text, id, size))
+    return _files(built, end or pieces[model.eos_id()], start, {"unk_token": unknown})
+
+
+def gap_in_ids(text: str, id: int, size: int) -> str:
+    """What to say of an added token whose id is not the next one."""
+    return f"the added token {text!r} has id {id}, which leaves a gap behind the model's {size} tokens; use its tokenizer.json"
+
+
+def _merges(vocabulary: Mapping[str, int], model: sentencepiece.SentencePieceProcessor) -> list[tuple[str, str]]:
+    """Pairs of pieces that make another piece, in the order in which SentencePiece joins them: by the score of what they make."""
     scored = []
     for piece, id in vocabulary.items():
-        pairs = [(piece[:at], piece[at:]) for at in range(1, len(piece)) if piece[:at] in vocabulary and piece[at:] in vocabulary]
-        scored += [(-model.get_score(id), vocabulary[a], vocabulary[b], a, b) for a, b in pairs]
-    merges = [(a, b) for *_, a, b in sorted(scored)]
-    built = Tokenizer(models.BPE(vocabulary, merges, unk_token=model.id_to_piece(model.unk_id()), fuse_unk=True, byte_fallback=True))
-    if legacy:
-        built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        built.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    names = {role: model.id_to_piece(id) for role, id in (("unk", model.unk_id()), ("bos", model.bos_id()), ("eos", model.eos_id())) if id >= 0}
-    built.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
-    for id, (text, special) in sorted((added or {}).items()):
-        built.add_tokens([AddedToken(text, normalized=False, special=special)])
-        if built.token_to_id(text) != id:
-            raise ValueError(f"the added token {text!r} has id {id}, which leaves a gap behind the model's {size} tokens; use its tokenizer.json")
-    return _files(built, names["eos"], names.get("bos"), {"unk_token": names["unk"]})
+        if model.is_control(id) or model.is_byte(id) or model.is_unknown(id):
+            continue
+        for at in range(1, len(piece)):
+            left = piece[:at]
+            right = piece[at:]
+            if left in vocabulary and right in vocabulary:
+                scored.append((-model.get_score(id), vocabulary[left], vocabulary[right], left, right))
+    return [(left, right) for *_, left, right in sorted(scored)]
 
 
 def _byte_level(model: Tokenizer, specials: Sequence[str], end: str, start: str | None) -> dict[str, bytes]:

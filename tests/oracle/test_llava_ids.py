@@ -17,8 +17,7 @@ from PIL import Image
 from neva.batch import IGNORE, IMAGE, ImageLayout
 from neva.data.encode import Encoder
 from neva.data.sample import Sample, Turn
-from neva.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
-from neva.data.vocabularies import from_sentencepiece
+from neva.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 torch.set_num_threads(1)
 DATA = Path(__file__).parents[1] / "data"
@@ -87,7 +86,8 @@ def test_ids_of_llamas_own_tokenizers_equal_llama_cpps(name: str, file: str) -> 
 def test_sentencepiece_as_json_keeps_the_ids() -> None:
     """The tokenizer.json that an export writes for a SentencePiece model gives the same ids, special tokens inside a text included."""
     tokenizer = load_tokenizer(SHARED / "tokenizers/llama2/tokenizer.model")
-    written = JsonTokenizer(from_sentencepiece(tokenizer.files["tokenizer.model"]))
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    written = JsonTokenizer(tokenizer.as_json())
     texts = (DATA / "tokenizers/expected_ids/llama-spm.inp").read_text().split("\n__ggml_vocab_test__\n")
     texts += ["USER: <s>a</s>b ASSISTANT: yes</s>USER: no", "</s>\n\nx", " a  b ", "ä€😀\x00"]
     for text in texts:
