@@ -96,7 +96,6 @@ class Tokenizer(ABC):
     def gap(self) -> str:
         """What must stand between a special token and a text for the text to have the ids of a first one: a space or nothing."""
 
-
     @property
     @abstractmethod
     def eos(self) -> int:
