@@ -16,6 +16,7 @@ import pytest
 import sentencepiece
 import torch
 import transformers as tf
+from sentencepiece import sentencepiece_model_pb2 as pb
 
 from neva import api
 from neva.batch import IMAGE
@@ -53,10 +54,12 @@ VICUNA = {
 """What vicuna-7b-v1.5 publishes in tokenizer_config.json, but for `legacy`."""
 
 
-def there(name: str) -> Path:
-    if not MODELS[name].is_file():
-        pytest.skip(f"needs {MODELS[name]}, which may not be copied")
-    return MODELS[name]
+needs_llama2 = pytest.mark.skipif(
+    not MODELS["llama2"].is_file(),
+    reason="needs Llama-2's tokenizer, which may not be copied",
+)
+LLAMA2 = pytest.param("llama2", marks=needs_llama2)
+NAMES = ["mistral", "tiny", LLAMA2]
 
 
 def folder_of(folder: Path, model: Path | bytes, **config: Any) -> Path:
@@ -105,7 +108,6 @@ class Slow:
 
 
 def sentencepiece_proto(model: Path) -> Any:
-    pb = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
     return pb.ModelProto.FromString(model.read_bytes())
 
 
@@ -123,9 +125,9 @@ def random_texts(seed: int, count: int = 150) -> list[str]:
 
 
 @pytest.mark.parametrize("legacy", [True, False, None])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_ids_are_those_of_llavas_tokenizer(name, legacy, tmp_path):
-    model = there(name)
+    model = MODELS[name]
     folder = folder_of(tmp_path / "t", model, **({} if legacy is None else {"legacy": legacy}))
     mine, slow = load_tokenizer(folder), Slow(model, legacy=legacy is not False)
     for text in (*TEXTS, *random_texts(len(name))):
@@ -135,7 +137,7 @@ def test_ids_are_those_of_llavas_tokenizer(name, legacy, tmp_path):
 @pytest.mark.parametrize("legacy", [True, False])
 def test_added_tokens_are_split_out_as_by_llavas_tokenizer(legacy, tmp_path):
     """Longest first; white space beside one is kept unless the token takes it; also tokens that name a piece of the model."""
-    model = there("mistral")
+    model = MODELS["mistral"]
     size = 32768
     tokens = ["<pad>", "<image>", "<image>s", "[TOOL]"]
     added = {str(size + n): {"content": text, "special": n < 2} for n, text in enumerate(tokens)}
@@ -154,14 +156,14 @@ def test_added_tokens_are_split_out_as_by_llavas_tokenizer(legacy, tmp_path):
 
 def test_an_added_token_may_take_the_white_space_beside_it(tmp_path):
     added = {"512": {"content": "<l>", "lstrip": True}, "513": {"content": "<r>", "rstrip": True}}
-    tokenizer = load_tokenizer(folder_of(tmp_path / "t", there("tiny"), added_tokens_decoder=added))
+    tokenizer = load_tokenizer(folder_of(tmp_path / "t", MODELS["tiny"], added_tokens_decoder=added))
     assert tokenizer.encode("a  <l> b") == [*tokenizer.encode("a"), 512, *tokenizer.encode(" b")]
     assert tokenizer.encode("a <r>  b") == [*tokenizer.encode("a "), 513, *tokenizer.encode("b")]
 
 
 def test_every_control_piece_is_a_special_token():
     """Mistral's `[INST]` is one; the library itself would spell it letter by letter."""
-    tokenizer = load_tokenizer(there("mistral"))
+    tokenizer = load_tokenizer(MODELS["mistral"])
     text = "[INST] What? [/INST] This.</s>"
     ids = tokenizer.encode(text)
     assert (ids[0], ids.count(3), ids.count(4), ids[-1]) == (3, 1, 1, 2)
@@ -170,10 +172,10 @@ def test_every_control_piece_is_a_special_token():
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_as_tokenizer_json(name, legacy, tmp_path):
     """The tokenizer.json of an export gives the same ids by the library that reads it; a first space is the one exception."""
-    tokenizer = load_tokenizer(folder_of(tmp_path / "t", there(name), legacy=legacy))
+    tokenizer = load_tokenizer(folder_of(tmp_path / "t", MODELS[name], legacy=legacy))
     assert isinstance(tokenizer, SentencePieceTokenizer)
     written = JsonTokenizer(tokenizer.as_json())
     for text in (*TEXTS, *random_texts(7)):
@@ -187,10 +189,10 @@ def test_as_tokenizer_json(name, legacy, tmp_path):
 
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("template", ["v1", "plain"])
-@pytest.mark.parametrize("name", ["mistral", "llama2"])
+@pytest.mark.parametrize("name", ["mistral", LLAMA2])
 def test_prompts_are_tokenised_as_by_llava(name, template, legacy, tmp_path):
     """LLaVA splits a prompt at its images and hands each part to its tokenizer, which sees a new text each time."""
-    model = there(name)
+    model = MODELS[name]
     slow = Slow(model, legacy=legacy)
     tokenizer = load_tokenizer(folder_of(tmp_path / "t", model, legacy=legacy))
     encoder = Encoder(tokenizer, template, None, LAYOUT)
@@ -207,7 +209,7 @@ def test_prompts_are_tokenised_as_by_llava(name, template, legacy, tmp_path):
 
 def test_a_start_token_that_a_named_format_writes_is_no_gap(tmp_path):
     """LLaVA's llama_2 cuts the first `<s>` off its prompt: what follows is the beginning of a text."""
-    model = there("mistral")
+    model = MODELS["mistral"]
     tokenizer = load_tokenizer(folder_of(tmp_path / "t", model, legacy=False))
     slow = Slow(model, legacy=False)
     turns = (Turn(role="user", text="Hi"), Turn(role="assistant", text="Yes."), Turn(role="user", text="No?"))
@@ -276,12 +278,11 @@ def test_no_space_is_put_before_a_text_that_wants_none(kind, legacy, tmp_path):
 def test_settings_are_read_from_the_file():
     """Against protobuf's own reading."""
     for content in (
-        there("mistral").read_bytes(),
+        MODELS["mistral"].read_bytes(),
         train(),
         train(add_dummy_prefix=False, user_defined_symbols=["<n>", "<t>"]),
         train(model_type="unigram", vocab_size=300),
     ):
-        pb = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
         theirs = pb.ModelProto.FromString(content)
         mine = read_proto(content)
         assert mine.prefix == theirs.normalizer_spec.add_dummy_prefix
@@ -312,30 +313,25 @@ def model(folder: Path, tokens: Path, *, vocab: int, **config: Any) -> Path:
     return folder_of(folder, tokens, **config)
 
 
-SAYS = {
-    "mistral": "several spaces together and spaces at the ends of a text",
-    "llama2": "several spaces together and spaces at the ends of a text",
-}
+SPACES = "transformers reads otherwise: several spaces together and spaces at the ends of a text"
+CASES = [("mistral", template) for template in ("v1", "llama_2", "text")]
 
 
 @pytest.mark.parametrize("legacy", [True, False, None])
-@pytest.mark.parametrize("template", ["v1", "llama_2", "text"])
-@pytest.mark.parametrize("name", SAYS)
+@pytest.mark.parametrize(("name", "template"), [*CASES, pytest.param("llama2", "v1", marks=needs_llama2)])
 def test_a_decoder_with_a_real_tokenizer_model(name, template, legacy, tmp_path, capsys):
     """Imported and exported: transformers' ids of the export are SentencePiece's, where those of the folder were not."""
-    if name == "llama2" and template != "v1":
-        pytest.skip("one format is enough")
     config = {} if legacy is None else {"legacy": legacy}
-    size = load_tokenizer(there(name)).size
-    model(tmp_path / "hf", there(name), vocab=size, **config)
+    size = load_tokenizer(MODELS[name]).size
+    model(tmp_path / "hf", MODELS[name], vocab=size, **config)
     api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva", options=Options(template=template))
     said = capsys.readouterr().out
-    assert f"transformers reads otherwise: {SAYS[name]}" in said
+    assert SPACES in said
     assert ("does not say `legacy`" in said) == (legacy is None)
     api.export_checkpoint(tmp_path / "neva", tmp_path / "out")
     assert ("transformers reads otherwise" in capsys.readouterr().out) == (legacy is False)
     text = "Two  spaces,   three."
-    own = sentencepiece.SentencePieceProcessor(model_file=str(there(name))).encode(text)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(MODELS[name])).encode(text)
     before, after = (tf.AutoTokenizer.from_pretrained(tmp_path / part) for part in ("hf", "out"))
     assert before(text, add_special_tokens=False).input_ids != own
     assert after(text, add_special_tokens=False).input_ids == own
@@ -352,7 +348,7 @@ def test_a_decoder_with_a_real_tokenizer_model(name, template, legacy, tmp_path,
 @pytest.mark.parametrize("template", ["v1", "plain", "llama_2"])
 def test_an_exported_llava_with_a_real_tokenizer_model(template, legacy, tmp_path):
     """The text behind an image begins with a space, as LLaVA reads it, also where the text behind `</s>` does not."""
-    model(tmp_path / "hf", there("mistral"), vocab=32768, legacy=legacy)
+    model(tmp_path / "hf", MODELS["mistral"], vocab=32768, legacy=legacy)
     build(clip(), tmp_path / "clip")
     api.import_checkpoint([tmp_path / "hf", tmp_path / "clip"], tmp_path / "neva", options=Options(template=template))
     loaded = load(tmp_path / "neva")
@@ -360,7 +356,7 @@ def test_an_exported_llava_with_a_real_tokenizer_model(template, legacy, tmp_pat
         sample = as_sample({"id": "0", "image": "x", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]})
         ids = loaded.encoder.encode(sample, labels=False).tokens.tolist()
         behind = ids[len(ids) - ids[::-1].index(IMAGE) :]
-        assert behind == Slow(there("mistral"), legacy=legacy).ids("\nWhat? ASSISTANT:")
+        assert behind == Slow(MODELS["mistral"], legacy=legacy).ids("\nWhat? ASSISTANT:")
     api.export_checkpoint(tmp_path / "neva", tmp_path / "out")  # which compares prompts with images
 
 
@@ -400,7 +396,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_other_difference_to_transformers_is_accepted(fault, tmp_path, monkeypatch):
-    model(tmp_path / "hf", there("mistral"), vocab=32768)
+    model(tmp_path / "hf", MODELS["mistral"], vocab=32768)
     other = Other(tmp_path / "hf", FAULTS[fault])
     monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", lambda *_, **__: other)
     with pytest.raises(CheckpointError, match="gives other ids in transformers"):
@@ -409,7 +405,7 @@ def test_no_other_difference_to_transformers_is_accepted(fault, tmp_path, monkey
 
 
 def test_ids_that_are_not_sentencepieces_are_refused(tmp_path, monkeypatch):
-    model(tmp_path / "hf", there("mistral"), vocab=32768)
+    model(tmp_path / "hf", MODELS["mistral"], vocab=32768)
     honest = SentencePieceTokenizer.encode
     monkeypatch.setattr(SentencePieceTokenizer, "encode", lambda self, text, first=True: honest(self, text)[::-1])
     with pytest.raises(CheckpointError, match="gives other ids in SentencePiece for 'What is this\\?'"):
@@ -420,7 +416,7 @@ def test_ids_that_are_not_sentencepieces_are_refused(tmp_path, monkeypatch):
 def test_a_saved_tokenizer_keeps_what_stood_beside_it(tmp_path):
     """Through a checkpoint: added tokens, `legacy` and the end token."""
     added = {"32768": {"content": "<|im_end|>", "special": True}}
-    folder = folder_of(tmp_path / "t", there("mistral"), legacy=False, eos_token="<|im_end|>", added_tokens_decoder=added)
+    folder = folder_of(tmp_path / "t", MODELS["mistral"], legacy=False, eos_token="<|im_end|>", added_tokens_decoder=added)
     before = load_tokenizer(folder)
     before.save(tmp_path / "saved")
     shutil.rmtree(folder)
