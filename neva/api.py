@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import neva
@@ -20,7 +22,7 @@ from neva.checkpoint.export import export
 from neva.checkpoint.foreign import is_foreign
 from neva.checkpoint.hf import Options
 from neva.checkpoint.inspect import inspect as describe
-from neva.checkpoint.nemo import is_nemo
+from neva.checkpoint.nemo import is_nemo, unpack_texts
 from neva.checkpoint.target import ExportOptions
 from neva.data.image import open_image
 from neva.data.preview import grid_picture
@@ -67,12 +69,23 @@ def recipe(
 
     `say` gets a line for each stage in which a checkpoint named by `init` puts its own model in the recipe's place.
     ValueError for a function to run (`image.process`) that neither the recipe nor an override
-    names but such a checkpoint, unless `trust_code`.
+    names but such a checkpoint, unless `trust_code`. Of what `init` names only configs are read.
     """
+    return _recipe(name, overrides, place=_texts, say=say, trust_code=trust_code)
+
+
+def _recipe(
+    name: str,
+    overrides: Sequence[str],
+    *,
+    place: Callable[[InitConfig], inits.Places],
+    say: Callable[[str], None] | None,
+    trust_code: bool,
+) -> tuple[TrainConfig, ...]:
     stages = tree.override(recipes.get(name), overrides, named=NAMED)
     if name.endswith((".yaml", ".yml")) or all(stage.init == InitConfig() for stage in stages):
         return stages
-    filled = tree.override(inits.fill(stages, _readable), overrides, named=NAMED)  # what was asked for comes before what init brings
+    filled = tree.override(inits.fill(stages, place), overrides, named=NAMED)  # what was asked for comes before what init brings
     for asked, stage in zip(stages, filled, strict=True):
         image = stage.model.image
         if image.process not in ("", asked.model.image.process) and not trust_code:
@@ -99,9 +112,7 @@ def import_checkpoint(
     folders = [fetch(str(source)) for source in sources]
     if out is not None:
         return import_model(folders, Path(out), options, check=parity, say=say)
-    stamps = [[str(folder.resolve()), *_stamps(folder)] for folder in folders]
-    name = hashlib.sha256(json.dumps([stamps, str(options), parity]).encode()).hexdigest()[:12]
-    place = cache() / "imports" / f"{folders[0].resolve().name}-{name}"
+    place = _place(folders, options, parity=parity)
     if (place / "manifest.json").exists():
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -113,11 +124,17 @@ def import_checkpoint(
     return place
 
 
+def _place(folders: Sequence[Path], options: Options, *, parity: bool) -> Path:
+    """Where in the cache an import of these files goes."""
+    stamps = [[str(folder.resolve()), *_stamps(folder)] for folder in folders]
+    name = hashlib.sha256(json.dumps([stamps, str(options), parity]).encode()).hexdigest()[:12]
+    return cache() / "imports" / f"{folders[0].resolve().name}-{name}"
+
+
 def _stamps(source: Path) -> list[str]:
     """Name, size and time of the files of a model, so that a changed one is imported anew. NeMo's folders hold others; its archives are files."""
     found = [source] if source.is_file() else source.rglob("*") if is_nemo(source) else source.glob("*.*")
-    # Reading a NeMo folder adds the link.
-    files = sorted(file for file in found if file.is_file() and not (is_nemo(source) and file.is_symlink() and file.name == "tokenizer.model"))
+    files = sorted(file for file in found if file.is_file())
     return [f"{file.relative_to(source)} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
 
@@ -174,9 +191,38 @@ def _is_foreign(path: Path) -> bool:
     return is_nemo(path) or is_foreign(path)
 
 
-def _readable(init: InitConfig) -> dict[str, tuple[Path, ...]]:
+def _readable(init: InitConfig, *, say: Callable[[str], None]) -> dict[str, tuple[Path, ...]]:
     """Part -> folders whose configs can be read as they lie; those of a NeMo checkpoint by its import in the cache."""
-    return {part: (import_checkpoint(paths),) if any(map(is_nemo, paths)) else paths for part, paths in _places(init).items()}
+    return {part: (import_checkpoint(paths, say=say),) if any(map(is_nemo, paths)) else paths for part, paths in _places(init).items()}
+
+
+def _texts(init: InitConfig) -> dict[str, tuple[Path, ...]]:
+    """As `_readable`, but nothing is imported: of a NeMo checkpoint that is not yet, its config and tokenizer are read."""
+    found = {}
+    for part, paths in _places(init).items():
+        imported = _place(paths, Options(), parity=True)
+        if any(map(is_nemo, paths)):
+            paths = (imported,) if (imported / "manifest.json").exists() else tuple(map(_unpacked_texts, paths))
+        found[part] = paths
+    return found
+
+
+def _unpacked_texts(path: Path) -> Path:
+    """A NeMo archive's config and tokenizer as a folder in the cache; any other path as it is."""
+    if not (is_nemo(path) and path.is_file()):
+        return path
+    stamp = hashlib.sha256(json.dumps([str(path.resolve()), *_stamps(path)]).encode()).hexdigest()[:12]
+    place = cache() / "texts" / f"{path.stem}-{stamp}"
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+            unpack_texts(path, Path(scratch) / "texts")
+            try:
+                (Path(scratch) / "texts").rename(place)
+            except OSError:
+                if not place.exists():  # another process was first, with the same files
+                    raise
+    return place
 
 
 def export_checkpoint(
@@ -222,7 +268,8 @@ def train(
     Raises ValueError for what the user can mend, `Stopped` after a signal.
     """
     if isinstance(stages, str):
-        chosen = recipe(stages, overrides, say=say, trust_code=trust_code)
+        place = partial(_readable, say=say)
+        chosen = _recipe(stages, overrides, place=place, say=say, trust_code=trust_code)
     else:
         chosen = tree.override(stages, overrides, named=NAMED)
     resolved = resolve(chosen)
@@ -230,7 +277,7 @@ def train(
     say_templates(resolved, say)
     make_data(resolved, say)
     for stage in resolved:
-        inits.check_fit(stage, _readable(stage.init))
+        inits.check_fit(stage, _readable(stage.init, say=say))
     resolved = tuple(replace(stage, init=_imported(stage.init, say)) for stage in resolved)
     return loop.train(resolved, resume=resume or "", on_evaluate=_score, say=say)
 
@@ -250,7 +297,7 @@ def dry_run(
     make_data(resolved, say)
     for stage in resolved:
         check(replace(stage, init=InitConfig()), world=ranks)
-        inits.check_fit(stage, _readable(stage.init))
+        inits.check_fit(stage, _texts(stage.init))
     precision = loop.choose_precision(resolved[0].precision)[0]
     for stage in resolved:
         say(parameter_table(stage))

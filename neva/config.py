@@ -23,6 +23,9 @@ T = TypeVar("T")
 Named = Mapping[type, Mapping[str, Any] | Callable[[str], Any]]
 """What a sub-config may be set to by one word: per dataclass, its presets, or a function of the word."""
 
+Limits = Mapping[str, tuple[int | float, int | float]]
+"""Name of a number -> its least and most, both floats where it need not be whole."""
+
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -89,12 +92,61 @@ def tell(text: str) -> None:
     print(shown(text))
 
 
+def check_numbers(config: Any, limits: Limits) -> None:
+    """ValueError for a field that is no number, or outside its (least, most); None, for fields that may be, is passed over.
+
+    Sizes beyond all models are refused here, since what is built of them never ends or fills the memory.
+    """
+    for name, (least, most) in limits.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        whole = isinstance(least, float) or isinstance(value, int)
+        if not number or not whole or not least <= value <= most:
+            kind = "number" if isinstance(least, float) else "whole number"
+            raise ValueError(f"{name}={value!r} must be a {kind} from {least:,} to {most:,}.")
+
+
 def from_json(text: str | bytes) -> Any:
     """The value of a stranger's JSON. ValueError where it is none, or nests so deep that it is an attack."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it nests too deep") from None
+
+
+YAML_BYTES = 2**19
+"""Largest YAML of a stranger's that is read."""
+NODES = 10**5
+"""Most values that one may hold, those that stand at an alias counted at each place."""
+
+
+def from_yaml(text: str | bytes, loader: Any = yaml.SafeLoader) -> Any:
+    """The value of a stranger's YAML. ValueError where it is none, and where a few lines unfold to more than memory holds."""
+    if len(text) > YAML_BYTES:
+        raise ValueError(f"it has {len(text):,} bytes, more than a config's {YAML_BYTES:,}")
+    try:
+        made = loader(text)
+        try:
+            node = made.get_single_node()
+            if _unfolded(node, {}) > NODES:
+                raise ValueError(f"its aliases unfold to more than {NODES:,} values")
+            return made.construct_document(node) if node is not None else None
+        finally:
+            made.dispose()
+    except RecursionError:
+        raise ValueError("it nests too deep, or stands within itself") from None
+
+
+def _unfolded(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """Values below a node of YAML. RecursionError where it stands within itself."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        children = [one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_unfolded(child, known) for child in children)
+    return known[id(node)]
 
 
 def nearest(word: str, options: Iterable[str]) -> str:
@@ -170,6 +222,8 @@ def load(path: str | Path, cls: type[T], *, named: Named | None = None) -> tuple
         data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except RecursionError:
+        raise ValueError(f"{path}: it nests too deep") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ValueError(f"{path}:{mark.line + 1 if mark else 1}: {error.problem or error.context}") from error
@@ -198,7 +252,7 @@ def _value(value: str, text: str) -> Any:
         return None if value in ("~", "null") else _Plain(value) if value else ""
     try:
         return yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         problem = getattr(error, "problem", None) or error
         raise ValueError(f"override '{text}': the value is not valid YAML ({problem}); quote it to mean it as text") from error
 

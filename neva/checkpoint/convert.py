@@ -1,6 +1,5 @@
 """`neva import`: read, plan, write, prove equal, publish."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,9 +31,12 @@ def import_model(sources: Sequence[Path], out: Path, options: Options, *, check:
     ValueError, and nothing half-written left, for sources that cannot be imported or that our model does not compute equally;
     `check=False` leaves out the latter. An import that is killed goes on when it is started again.
     """
-    temporary, scratch = stream.staging(out), out.with_name(out.name + ".unpacked")
+    temporary = stream.staging(out)
+    scratch = stream.staging(out, ".unpacked")
     if check:
         gate.need_transformers()
+    if any(is_nemo(source) and source.is_file() for source in map(Path, sources)):
+        stream.begin(scratch, "unpacked archives")
     with stream.removed_if_refused(scratch):
         read = [_open(Path(source), scratch / str(number)) for number, source in enumerate(sources)]
         chosen = folders.plan(read, options)
@@ -59,7 +61,7 @@ def import_model(sources: Sequence[Path], out: Path, options: Options, *, check:
         say("NOT COMPARED with transformers (--no-parity): nothing shows that this checkpoint computes what its source does")
     folders.write_config(temporary, described)
     published = folders.publish(temporary, out)
-    shutil.rmtree(scratch, ignore_errors=True)
+    stream.remove(scratch)
     return published
 
 
@@ -87,7 +89,7 @@ def _tokenizer(chosen: Plan, say: Callable[[str], None]) -> Tokenizer | None:
         return None
     source = _text_source(chosen)
     try:
-        tokenizer = load_tokenizer(source.folder)
+        tokenizer = load_tokenizer(source.tokenizer)
     except ValueError as error:
         if source.has_tokenizer:
             pointers = [pointer for name in FILES if (pointer := lfs_pointer(source.folder / name))]

@@ -6,7 +6,6 @@ While it is written the folder is `DIR.tmp`; an export of the same checkpoint go
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from neva.checkpoint import gate, index, parity, store, stream
 from neva.checkpoint import hf as folders
-from neva.checkpoint.manifest import sync
 from neva.checkpoint.peers import on_disk
 from neva.checkpoint.prompts import compare_prompts
 from neva.checkpoint.shards import converted, open_shards
@@ -40,11 +38,8 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, check: bool =
     weights = opened.folder / "weights"
     target = with_dtype(make_target(opened.folder, opened.config, model, vision, options), weights, options)
     mark = json.dumps({"of": {name: file.sha256 for name, file in opened.manifest.files.items()}, "options": str(options)})
-    if temporary.exists() and not ((temporary / "export.json").is_file() and (temporary / "export.json").read_text() == mark):
-        shutil.rmtree(temporary)
+    stream.begin(temporary, mark)
     with stream.removed_if_refused(temporary):
-        temporary.mkdir(parents=True, exist_ok=True)
-        (temporary / "export.json").write_text(mark)
         _write_weights(temporary, target, weights, options)
         (temporary / "config.json").write_text(json.dumps(target.config, indent=2) + "\n")
         for name, content in target.files.items():
@@ -62,10 +57,7 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, check: bool =
             say("NOT COMPARED with transformers (--no-parity): nothing shows that this folder computes what the checkpoint does")
     if target.note:
         say(target.note)
-    (temporary / "export.json").unlink()
-    for path in [*temporary.iterdir(), temporary]:
-        sync(path)
-    temporary.rename(out)
+    stream.finish(temporary, out)
     return out
 
 

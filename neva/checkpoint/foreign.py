@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from neva.checkpoint.manifest import MANIFEST, CheckpointError, few, published
+from neva.data.tokenizer import BESIDE, FILES, PAIRS
 
 LORA = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
@@ -12,6 +13,30 @@ def is_foreign(path: Path) -> bool:
     """Is this for an import to read, or to refuse, and no checkpoint of ours?"""
     looks = any((path / name).is_file() for name in ("config.json", LORA)) or any(path.glob("*.gguf"))
     return looks and not (path / MANIFEST).is_file()
+
+
+READ = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json",
+    "pytorch_model.bin.index.json", "model_config.yaml", *FILES, *PAIRS.values(), *BESIDE,
+)  # fmt: skip
+"""Texts of a folder that an import reads, and so puts into the checkpoint."""
+
+
+def leads_outside(file: Path) -> bool:
+    """Is it a link out of its folder? A Hub cache's links into its own blobs/ are none."""
+    real, folder = file.resolve(), file.parent.resolve()
+    cache = next((path.parent for path in folder.parents if path.name == "snapshots"), None)
+    own = real.is_relative_to(folder)
+    return not (own or (cache is not None and real.is_relative_to(cache / "blobs")))
+
+
+def check_links(*files: Path) -> None:
+    """CheckpointError for a text that is a link out of its folder: it would be copied and passed on."""
+    for file in files:
+        if file.is_symlink() and leads_outside(file):
+            raise CheckpointError(
+                f"{file} is a link that leads out of its folder, to {file.resolve()}: if it is meant, put a copy of the file in its place (cp -L)."
+            )
 
 
 def check_folder(folder: Path) -> None:
@@ -30,6 +55,7 @@ def check_folder(folder: Path) -> None:
         )
     if any(folder.glob("*.gguf")) and not whole:
         raise CheckpointError(f"{folder} holds GGUF files, which neva does not read: import the folder of safetensors that they were made from.")
+    check_links(*(folder / name for name in READ))
     if not described:
         there = few(sorted(path.name for path in folder.iterdir()))
         raise CheckpointError(

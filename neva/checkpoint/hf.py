@@ -25,8 +25,8 @@ from torch import Tensor
 
 from neva import config as tree
 from neva.checkpoint import stream
-from neva.checkpoint.foreign import check_folder
-from neva.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, digests, few, listing, serialise, sync
+from neva.checkpoint.foreign import check_folder, leads_outside
+from neva.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, digests, few, listing, serialise
 from neva.checkpoint.peers import in_memory
 from neva.checkpoint.shards import Shards, converted, open_shards, read_json
 from neva.checkpoint.source import (
@@ -69,8 +69,12 @@ def read_source(folder: Path) -> Source:
         return _read(folder, config)
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
-        reason = f"config.json lacks {error}" if isinstance(error, KeyError) else str(error)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:1000]
+        if isinstance(error, KeyError):
+            reason = f"config.json lacks {reason}"
+        elif not isinstance(error, ValueError):
+            reason = f"config.json holds a value of a kind that its field does not take ({reason})"
         raise CheckpointError(f"{folder} cannot be imported: {reason}") from None
 
 
@@ -216,6 +220,9 @@ def plan(sources: Sequence[Source], options: Options) -> Plan:
     ValueError where they do not make a model; CheckpointError naming every tensor that is missing, unexpected, or of another shape.
     """
     model, vision, warnings = compose(sources, options)
+    kept = [source.folder / name for source in sources for name in KEPT_FILES]
+    for link in (file for file in kept if file.is_file() and leads_outside(file)):
+        warnings.append(f"{link} is left out: it is a link that leads out of its folder")
     sources = with_own_tower(sources)
     with torch.device("meta"):
         modules = VLM(model if model is not None else around(vision))
@@ -452,11 +459,8 @@ def write(
     chosen: Plan, temporary: Path, *, described: Mapping[str, Any], write_tokenizer: Callable[[Path], None] | None, tick: Callable[[int], None]
 ) -> None:
     """Write the checkpoint to the folder `temporary`, going on from a cut-off import of the same there. `publish` gives it its name."""
-    mark, ours = temporary / "import.json", _fingerprint(chosen)
-    if temporary.exists() and not (mark.is_file() and mark.read_text() == ours):
-        shutil.rmtree(temporary)
-    (temporary / "weights").mkdir(parents=True, exist_ok=True)
-    mark.write_text(ours)
+    stream.begin(temporary, _fingerprint(chosen))
+    (temporary / "weights").mkdir(exist_ok=True)
     stream.write(temporary / "weights", chosen.tensors, chosen.read, tick=tick)
     for name in ("source", "tokenizer"):  # small, and made anew: files of a source that has lost them since would stay
         shutil.rmtree(temporary / name, ignore_errors=True)
@@ -473,13 +477,9 @@ def write_config(folder: Path, described: Mapping[str, Any]) -> None:
 
 def publish(temporary: Path, out: Path) -> Path:
     """The finished import under its name, with its manifest."""
-    (temporary / "import.json").unlink()
-    names = listing(temporary)
+    names = listing(temporary).keys() - {stream.MARK}
     (temporary / MANIFEST).write_bytes(serialise(asdict(Manifest(step=0, files=dict(sorted(digests(temporary, names).items()))))))
-    for path in [*temporary.rglob("*"), temporary]:
-        sync(path)
-    temporary.rename(out)
-    sync(out.parent)
+    stream.finish(temporary, out)
     return out
 
 
@@ -506,8 +506,9 @@ def _write_source(chosen: Plan, folder: Path) -> None:
         own = folder / source.kind
         own.mkdir(parents=True, exist_ok=True)
         for name in KEPT_FILES:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, own / name)
+            file = source.folder / name
+            if file.is_file() and not leads_outside(file):
+                shutil.copyfile(file, own / name)
         (own / "config.json").write_text(json.dumps(dict(source.config), indent=2))
         odd = {default: name for default, name in source.spelled.items() if default != name}
         (own / KEYS).write_text(json.dumps(odd, indent=1))

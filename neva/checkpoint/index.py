@@ -1,5 +1,6 @@
 """DCP's index, read without letting it run code: torch keeps it as a pickle, of which only its own classes are built here."""
 
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -11,7 +12,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from neva.checkpoint.manifest import CheckpointError
+from neva.checkpoint.foreign import leads_outside
+from neva.checkpoint.manifest import CheckpointError, few
 
 _DCP = "torch.distributed.checkpoint."
 ALLOWED = {
@@ -33,27 +35,64 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Reader(FileSystemReader):
-    """DCP's reader, but its index builds nothing else than an index. CheckpointError names what it would have run."""
+    """DCP's reader of tensors alone, from an index that is checked.
+
+    The index builds nothing else than an index, and names files of its own folder. Other records than
+    tensors, which DCP would unpickle, are left out of it: `records` tells their names.
+    """
+
+    records: tuple[str, ...] = ()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index. CheckpointError names what it would have run, and what is wrong with it."""
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as file:
                 metadata = _Unpickler(file).load()
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path} is refused: besides an index it would run code ({error}).") from None
-        except (EOFError, AttributeError, IndexError, ImportError) as error:
+        except Exception as error:  # a damaged pickle raises errors of a dozen types
             raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}).") from None
+        try:
+            tensors = _checked(path, metadata)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise CheckpointError(f"{path} is no index ({type(error).__name__}: {error}).") from None
+        self.records = tuple(sorted(metadata.state_dict_metadata.keys() - tensors.keys()))
+        metadata.state_dict_metadata = tensors
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
+def _checked(path: Path, metadata: Metadata) -> dict[str, Any]:
+    """The records of an index that are tensors.
+
+    CheckpointError where it names files outside its folder, or tensors that its files cannot hold:
+    DCP stores a tensor as its bytes, so sizes beyond those of the files are made up.
+    """
+    folder, described = path.parent, metadata.state_dict_metadata
+    names = {info.relative_path for info in metadata.storage_data.values()}
+    if outside := sorted(repr(name) for name in names if not _is_inside(folder, name)):
+        raise CheckpointError(f"{path} is refused: it names files outside its folder: {few(outside)}.")
+    tensors: dict[str, Any] = {name: record for name, record in described.items() if isinstance(record, TensorStorageMetadata)}
+    there = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
+    sizes = [record.properties.dtype.itemsize * math.prod(record.size) for record in tensors.values()]
+    if any(size < 0 for size in sizes) or sum(sizes) > there:
+        says = f"tensors of {sum(sizes):,} bytes, its files have {there:,}"
+        raise CheckpointError(f"{path} is damaged: it speaks of {says}.")
+    return tensors
+
+
+def _is_inside(folder: Path, name: Any) -> bool:
+    """Is this the name of a file in the folder, and no link out of it?"""
+    plain = isinstance(name, str) and Path(name).name == name
+    return plain and not ((folder / name).is_symlink() and leads_outside(folder / name))
+
+
 def stored(folder: Path) -> dict[str, Tensor]:
     """The tensors of a folder, on the meta device."""
-    described = Reader(folder).read_metadata().state_dict_metadata
-    tensors = {name: there for name, there in described.items() if isinstance(there, TensorStorageMetadata)}
-    return {name: torch.empty(there.size, dtype=there.properties.dtype, device="meta") for name, there in tensors.items()}
+    described: dict[str, Any] = Reader(folder).read_metadata().state_dict_metadata
+    return {name: torch.empty(there.size, dtype=there.properties.dtype, device="meta") for name, there in described.items()}
 
 
 def read(folder: Path, name: str) -> Tensor:

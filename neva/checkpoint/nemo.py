@@ -11,11 +11,15 @@ group [queries | key | value], is taken apart (REFERENCE: Megatron-LM's converte
 the classes of DCP's index.
 """
 
-import json
+import gzip
+import io
+import math
 import re
 import shutil
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +30,16 @@ import yaml
 from torch import Tensor
 
 from neva.checkpoint import index
-from neva.checkpoint.hf import Source
+from neva.checkpoint.foreign import check_links, leads_outside
 from neva.checkpoint.manifest import CheckpointError, few
-from neva.checkpoint.nemo_config import TEMPLATES, clip_config, decoder_config, llm, of_nemo2, section, vlm_config
-from neva.checkpoint.shards import Entry, Shards, load_torch
+from neva.checkpoint.nemo_config import TEMPLATES, clip_config, decoder_config, llm, of_nemo2, read, section, size, vlm_config
+from neva.checkpoint.shards import Entry, Shards, load_torch, read_json
+from neva.checkpoint.source import Kind, Source
+from neva.config import YAML_BYTES, from_yaml
+from neva.data.tokenizer import BESIDE, FILES, load_tokenizer
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
+from neva.models.vlm import VLMConfig
 
 IDENTITY = {"{*}": "{*}"}
 """The table of a source whose tensors have our names already."""
@@ -111,44 +119,113 @@ def is_nemo(path: Path) -> bool:
 
 def is_neva(path: Path) -> bool:
     """Is this NeMo checkpoint a NeVA, whose encoder is a checkpoint of its own? An archive is not unpacked for the answer."""
-    if not path.is_file():
-        described = _yaml(path / "model_config.yaml") if (path / "model_config.yaml").is_file() else {}
-    else:
-        try:
-            with tarfile.open(path) as archive:
-                member = next((m for m in archive if Path(m.name).name == "model_config.yaml" and m.isfile()), None)
-                described = yaml.safe_load(archive.extractfile(member)) if member else {}  # type: ignore[arg-type]
-        except (tarfile.TarError, OSError, EOFError, yaml.YAMLError):
-            return False  # what reads it whole says what is wrong with it
-    return isinstance(described, dict) and "mm_cfg" in described.get("model", described)
+    if path.is_dir() and not (path / "model_config.yaml").is_file():
+        return False
+    try:
+        described = read_config(path)
+    except CheckpointError:
+        return False  # what reads it whole says what is wrong with it
+    return "mm_cfg" in (section(described, "model") or described)
 
 
 def read_nemo(path: Path, scratch: Path) -> Source:
     """What a NeMo checkpoint holds; an archive is unpacked to `scratch`. CheckpointError for a damaged or unsafe one, ValueError for
     what neva does not compute."""
     folder = _unpacked(path, scratch) if path.is_file() else path
+    described = _described(folder)
+    source = _source(folder, described, path)
     two = (folder / "context" / "model.yaml").is_file()
-    config = _yaml(folder / "context" / "model.yaml" if two else folder / "model_config.yaml")
-    described = of_nemo2(config.get("config", config)) if two else section(config, "model") or config
+    stored = _stored(folder / "weights" if two else folder)
+    if isinstance(source.model, VisionConfig):
+        tensors = _clip_tensors(stored, source.model, folder)
+        return _with_tensors(source, tensors)
+    decoder: Any = source.model.decoder if isinstance(source.model, VLMConfig) else source.model
+    tensors = _ours(stored, decoder, folder)
+    if "decoder.embed.weight" in tensors:
+        decoder = replace(decoder, vocab=tensors["decoder.embed.weight"].entry.shape[0])
+    if isinstance(source.model, VLMConfig):
+        source = replace(source, model=replace(source.model, decoder=decoder))
+        tensors = {_shifted(name, described["mm_cfg"]): piece for name, piece in tensors.items()}
+    else:
+        source = replace(source, model=decoder)
+    return _with_tensors(source, tensors)
+
+
+def read_nemo_config(path: Path) -> Source:
+    """What a NeMo folder, or the texts of an archive, say of a model, without its weights.
+
+    The vocabulary, of which the config alone may say nothing, is then the tokenizer's, padded as NeMo does.
+    """
+    described = _described(path)
+    source = _source(path, described, path)
+    said = {"override_vocab_size", "padded_vocab_size"} & {key for key, value in described.items() if value is not None}
+    if said or source.text is None or isinstance(source.model, VisionConfig):
+        return source
+    multiple = 1
+    for key, usual in (("make_vocab_size_divisible_by", 128), ("tensor_model_parallel_size", 1)):
+        multiple *= read({key: usual, **described}, key, size)
+    vocab = -(-load_tokenizer(source.text).size // multiple) * multiple
+    if isinstance(source.model, VLMConfig):
+        decoder = replace(source.model.decoder, vocab=vocab)
+        return replace(source, model=replace(source.model, decoder=decoder))
+    return replace(source, model=replace(source.model, vocab=vocab))
+
+
+def unpack_texts(path: Path, folder: Path) -> None:
+    """Write an archive's config and tokenizer files to a folder; its weights are passed over."""
+    with _archive(path) as (archive, members):
+        for member in members:
+            if member.isfile() and Path(member.name).suffix in TEXTS and member.size <= LONGEST:
+                archive.extract(member, folder, filter="data")
+    if not (folder / "model_config.yaml").is_file():
+        raise CheckpointError(f"{path} holds no model_config.yaml: it is no NeMo checkpoint.")
+
+
+def _described(folder: Path) -> Mapping[str, Any]:
+    """A model's config in NeMo 1's words."""
+    two = folder / "context" / "model.yaml"
+    if two.is_file():
+        config = _yaml(two)
+        inner = config.get("config", config)
+        return of_nemo2(inner if isinstance(inner, Mapping) else config)
+    config = _yaml(folder / "model_config.yaml")
+    return section(config, "model") or config
+
+
+def _source(folder: Path, described: Mapping[str, Any], path: Path) -> Source:
+    """A source without tensors."""
+    model: Any
+    kind: Kind = "decoder"
     try:
         if "vision" in described and "text" in described:
-            return _clip(folder, section(described, "vision"))
-        decoder = decoder_config(described)
+            kind = "vision"
+            model = clip_config(section(described, "vision"))
+        else:
+            model = decoder_config(described)
+            if described.get("mm_cfg"):
+                model, kind = vlm_config(described, model), "vlm"
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: model_config.yaml lacks {error}") from None
-    stored = _stored(folder / "weights" if two else folder)
-    tensors = _ours(stored, decoder, folder)
-    decoder = replace(decoder, vocab=tensors["decoder.embed.weight"].entry.shape[0] if "decoder.embed.weight" in tensors else decoder.vocab)
-    model: Any = decoder
-    kind = "decoder"
-    if described.get("mm_cfg"):
-        model, kind = vlm_config(described, decoder), "vlm"
-        tensors = {_shifted(name, described["mm_cfg"]): piece for name, piece in tensors.items()}
-    shards = NemoShards(entries={name: piece.entry for name, piece in tensors.items()}, pieces=tensors)
+    template = "" if kind == "vision" else TEMPLATES.get(str(llm(described).get("model_type", "")), "")
     return Source(
-        folder=_with_tokenizer(folder), kind=kind, format="nemo-neva" if kind == "vlm" else "nemo", config={}, model=model, image=None,
-        shards=shards, table=IDENTITY, spelled={name: name for name in tensors}, template=TEMPLATES.get(llm(described).get("model_type", ""), ""),
-    )  # fmt: skip
+        folder=folder,
+        text=None if kind == "vision" else _tokenizer(folder),
+        kind=kind,
+        format="nemo-neva" if kind == "vlm" else "nemo",
+        config={},
+        model=model,
+        image=None,
+        shards=Shards(entries={}),
+        table=IDENTITY,
+        spelled={},
+        template=template,
+    )
+
+
+def _with_tensors(source: Source, tensors: Mapping[str, Piece]) -> Source:
+    entries = {name: piece.entry for name, piece in tensors.items()}
+    shards = NemoShards(entries=entries, pieces=tensors)
+    return replace(source, shards=shards, spelled={name: name for name in tensors})
 
 
 def _shifted(name: str, mm: Mapping[str, Any]) -> str:
@@ -160,18 +237,11 @@ def _shifted(name: str, mm: Mapping[str, Any]) -> str:
     return f"projector.{number}.{match[2]}"
 
 
-def _clip(folder: Path, v: Mapping[str, Any]) -> Source:
-    vision = clip_config(v)
-    tensors = {
-        name: piece
-        for name, piece in _ours(_stored(folder), vision, folder).items()
-        if not re.match(rf"vision\.blocks\.({'|'.join(map(str, range(vision.depth, vision.layers))) or 'x'})\.", name)
-    }
-    shards = NemoShards(entries={name: piece.entry for name, piece in tensors.items()}, pieces=tensors)
-    return Source(
-        folder=folder, kind="vision", format="nemo", config={}, model=vision, image=None, shards=shards, table=IDENTITY,
-        spelled={name: name for name in tensors},
-    )  # fmt: skip
+def _clip_tensors(stored: "Ranks", vision: VisionConfig, folder: Path) -> dict[str, Piece]:
+    """An encoder's tensors, without the blocks behind the features that are read."""
+    unread = "|".join(map(str, range(vision.depth, vision.layers))) or "x"
+    tensors = _ours(stored, vision, folder)
+    return {name: piece for name, piece in tensors.items() if not re.match(rf"vision\.blocks\.({unread})\.", name)}
 
 
 # Weights.
@@ -229,16 +299,39 @@ def _of_zarr(folder: Path) -> Iterator[tuple[str, Stored]]:
     for described in sorted(folder.glob("*/.zarray")):
         place = described.parent
         if not place.name.startswith("optimizer"):
-            array = json.loads(described.read_text())
-            dtype = torch.bfloat16 if "bfloat16" in str(array["dtype"]) else torch.from_numpy(np.zeros(1, array["dtype"])).dtype
+            array = _zarr_header(described)
+            dtype = torch.bfloat16 if _is_half(array) else torch.from_numpy(np.zeros(1, array["dtype"])).dtype
             yield place.name, Stored(shape=tuple(array["shape"]), dtype=dtype, file=place, read=lambda place=place, a=array: _zarr(place, a))
+
+
+def _is_half(array: Mapping[str, Any]) -> bool:
+    return "bfloat16" in str(array["dtype"])
+
+
+def _zarr_header(file: Path) -> dict[str, Any]:
+    """A .zarray, of which nothing is made but numbers in files beside it. CheckpointError for any other."""
+    array = read_json(file)
+    try:
+        kind = np.dtype("<i2" if _is_half(array) else array["dtype"])
+        sizes = [*array["shape"], *array["chunks"]]
+        numbers = all(type(size) is int and size >= 0 for size in sizes) and 0 not in array["chunks"]
+        separators = array.get("dimension_separator", ".") in (".", "/")
+        held = math.prod(array["shape"]) * kind.itemsize
+        there = sum(path.stat().st_size for path in file.parent.rglob("*") if path.is_file())
+        sound = numbers and separators and kind.kind in "fiu" and held <= there
+        sound = sound and len(array["shape"]) == len(array["chunks"]) and not leads_outside(file)
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{file} is refused: it describes no array of numbers in the files beside it.")
+    return array
 
 
 def _zarr(folder: Path, array: Mapping[str, Any]) -> Tensor:
     """A zarr v2 array without compression, as Megatron writes them."""
     if array.get("compressor") is not None or array.get("order", "C") != "C" or array.get("filters"):
         raise CheckpointError(f"{folder}: compressed zarr arrays are not read; Megatron writes plain ones.")
-    half = "bfloat16" in str(array["dtype"])
+    half = _is_half(array)
     kind = np.dtype("<i2") if half else np.dtype(array["dtype"])
     whole, chunk = np.zeros(array["shape"], kind), array["chunks"]
     counts = [-(-size // part) for size, part in zip(array["shape"], chunk, strict=True)]
@@ -378,6 +471,58 @@ def _unfuse(fused: Tensor, heads: int, groups: int, head: int) -> dict[str, Tens
 # Files.
 
 
+MOST_RATIO, ALWAYS = 20, 2**28
+"""An archive may unpack to so many times its size, and to so many bytes whatever its size: weights are
+hardly compressed, so that more is no model."""
+TEXTS = (".yaml", ".model", ".json", ".jinja", ".txt")
+"""Endings of an archive's files that are no weights."""
+LONGEST = 2**26
+"""Most bytes that are unpacked at once: of a header, which tarfile reads whole."""
+
+
+class _Bounded(io.BufferedReader):
+    """The unpacked bytes of an archive. CheckpointError where they are more than a model's."""
+
+    def __init__(self, path: Path):
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        unpacked: Any = gzip.GzipFile(path) if packed else path.open("rb", buffering=0)
+        super().__init__(unpacked)
+        self.path = path
+        self.most = max(ALWAYS, MOST_RATIO * path.stat().st_size)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= LONGEST:
+            raise CheckpointError(f"{self.path} is refused: a header of it would unpack to more than {LONGEST:,} bytes.")
+        self.check(self.tell() + size)
+        return super().read(size)
+
+    def check(self, unpacked: int) -> None:
+        """CheckpointError for more bytes than an archive of this size may unpack to."""
+        if unpacked > self.most:
+            raise CheckpointError(
+                f"{self.path} is refused: it would unpack to more than {self.most:,} bytes, {MOST_RATIO} times its size. No model is packed so."
+            )
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, Iterator[tarfile.TarInfo]]]:
+    """An archive and its members, one by one, which stop where they are too many bytes. CheckpointError for a damaged one."""
+    try:
+        with _Bounded(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
+
+            def members() -> Iterator[tarfile.TarInfo]:
+                total = 0
+                for member in archive:
+                    total += tarfile.BLOCKSIZE + member.size
+                    unpacked.check(total)
+                    yield member
+
+            yield archive, members()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise CheckpointError(f"{path} cannot be unpacked ({type(error).__name__}: {error}): it is damaged or cut off.") from None
+
+
 def _unpacked(path: Path, scratch: Path) -> Path:
     """An archive's files, in `scratch`; members that would land elsewhere are refused by tarfile's data filter."""
     done, stamp = scratch / "unpacked", f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
@@ -385,15 +530,13 @@ def _unpacked(path: Path, scratch: Path) -> Path:
         return scratch
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True, exist_ok=True)
-    try:
-        with tarfile.open(path) as archive:
-            archive.extractall(scratch, filter="data")
-            assert archive.fileobj is not None
-            archive.fileobj.seek(archive.offset)
-            if not archive.fileobj.read(tarfile.BLOCKSIZE):  # tarfile takes the end of a file between two members for the archive's end
-                raise EOFError("it has no end")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be unpacked ({type(error).__name__}: {error}): it is damaged or cut off.") from None
+    with _archive(path) as (archive, members):
+        for member in members:
+            archive.extract(member, scratch, filter="data")
+        assert archive.fileobj is not None
+        archive.fileobj.seek(archive.offset)
+        if not archive.fileobj.read(tarfile.BLOCKSIZE):  # tarfile takes the end of a file between two members for the archive's end
+            raise CheckpointError(f"{path} cannot be unpacked (it has no end): it is damaged or cut off.")
     done.write_text(stamp)
     return scratch
 
@@ -402,18 +545,17 @@ def read_config(path: Path) -> dict[str, Any]:
     """The model_config.yaml of an archive or its unpacked folder; no weights are read. CheckpointError where there is none."""
     if path.is_dir():
         return _yaml(path / "model_config.yaml")
-    try:
-        with tarfile.open(path) as archive:
-            member = next((m for m in archive if m.isfile() and Path(m.name).name == "model_config.yaml"), None)
-            file = archive.extractfile(member) if member else None
-            if file is None:
-                raise CheckpointError(f"{path} holds no model_config.yaml: it is no NeMo checkpoint.")
-            return _mapping(path, file.read())
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be unpacked ({type(error).__name__}: {error}): it is damaged or cut off.") from None
+    with _archive(path) as (archive, members):
+        named = (m for m in members if m.isfile() and Path(m.name).name == "model_config.yaml")
+        member = next(named, None)
+        file = archive.extractfile(member) if member else None
+        if member is None or file is None:
+            raise CheckpointError(f"{path} holds no model_config.yaml: it is no NeMo checkpoint.")
+        return _mapping(path, file.read(min(member.size, YAML_BYTES + 1)))
 
 
 def _yaml(path: Path) -> dict[str, Any]:
+    check_links(path)
     try:
         return _mapping(path, path.read_bytes())
     except OSError as error:
@@ -422,20 +564,20 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 def _mapping(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        loaded = from_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds no mapping.")
     return loaded
 
 
-def _with_tokenizer(folder: Path) -> Path:
-    """The folder in which the tokenizer lies: NeMo prefixes an archive's files with a hash; NeMo 2 keeps them in context/."""
+def _tokenizer(folder: Path) -> Path | None:
+    """What `load_tokenizer` reads: NeMo prefixes an archive's files with a hash, and NeMo 2 keeps them in context/."""
     for place in (folder / "context" / "nemo_tokenizer", folder / "context", folder):
-        for file in sorted(place.glob("*.model")) if place.is_dir() else []:
-            target = place / "tokenizer.model"
-            if not target.exists():
-                target.symlink_to(file.name)
-            return place
-    return folder
+        named = [place / name for name in FILES if (place / name).is_file()]
+        other = sorted(place.glob("*.model")) if place.is_dir() else []
+        if found := [*named, *other]:
+            check_links(*found, *(place / name for name in BESIDE))
+            return place if named else other[0]
+    return None

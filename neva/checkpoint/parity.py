@@ -278,16 +278,20 @@ def _theirs(
     import transformers
 
     made = getattr(transformers, kind)
-    with silence():
-        more = {"config": _first_layers(made, folder, first)} if first else {}
-        model = made.from_pretrained(
-            folder,
-            **more,
-            dtype=cast or torch.float32,
-            attn_implementation="sdpa",
-            trust_remote_code=False,
-        )
-        return model.float().eval()
+    try:
+        with silence():
+            more = {"config": _first_layers(made, folder, first)} if first else {}
+            model = made.from_pretrained(
+                folder,
+                **more,
+                dtype=cast or torch.float32,
+                attn_implementation="sdpa",
+                trust_remote_code=False,
+            )
+            return model.float().eval()
+    except Exception as error:  # it checks little itself, and raises whatever it meets
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        raise CheckpointError(f"transformers cannot load {folder}, so nothing can be compared ({reason}).") from None
 
 
 @contextmanager

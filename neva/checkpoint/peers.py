@@ -41,6 +41,7 @@ def in_memory(shards: Shards, described: Mapping[str, Any], prefix: str = "") ->
         save_file(state, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            make(dict(described))  # for its errors
             model, info = transformers.AutoModel.from_pretrained(
                 scratch,
                 output_loading_info=True,

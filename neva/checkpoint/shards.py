@@ -3,9 +3,9 @@
 Nothing in a folder is executed: torch files are unpickled with tensors and plain containers alone.
 """
 
-import json
 import math
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neva.checkpoint.manifest import CheckpointError, few
+from neva.config import from_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
@@ -142,7 +143,7 @@ def converted(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. CheckpointError if the file is missing, damaged, or holds something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(lfs_pointer(path) or f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(value, dict):
@@ -162,7 +163,8 @@ def lfs_pointer(path: Path) -> str:
 
 def load_torch(path: Path) -> dict[str, Tensor]:
     """The tensors of a torch file, mapped from disk where its format allows. CheckpointError for anything but tensors in plain containers."""
-    with _named(path):
+    with _named(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd pickles, which are read or refused
         try:
             loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except RuntimeError as error:

@@ -43,6 +43,8 @@ class Source:
     """Default spelling of each tensor that the table knows -> its name here."""
     side: int = 0
     """Side that its processor brings images to; 0 where none says, or where the encoder takes that side for its own."""
+    text: Path | None = None
+    """Where its tokenizer is, if not in its folder under a name of its own."""
     notes: tuple[str, ...] = ()
     """What was found beside what is read, or otherwise than its config says."""
 
@@ -54,8 +56,15 @@ class Source:
         return self.model if isinstance(self.model, DecoderConfig) else None
 
     @property
+    def tokenizer(self) -> Path:
+        """What `load_tokenizer` reads, if there is one."""
+        return self.text or self.folder
+
+    @property
     def has_tokenizer(self) -> bool:
-        """Does the folder hold one that `load_tokenizer` reads?"""
+        """Is there one that `load_tokenizer` reads?"""
+        if self.text is not None:
+            return True
         return any((self.folder / name).is_file() and (self.folder / PAIRS.get(name, name)).is_file() for name in FILES)
 
 

@@ -8,8 +8,8 @@
                             training/        DCP: optimiser tensors, each rank's random state; state.json. Absent after an import
                             manifest.json    format, step, bytes and sha256 of each file, and a sha256 of itself; written last
 
-A save writes `step_20.tmp`, syncs it and renames it: whatever has the name `step_20` was complete. Names that end in `.tmp`
-are leftovers of a process that was killed; the next save removes them.
+A save writes `step_20.tmp`, syncs it and renames it: whatever has the name `step_20` was complete. `step_N.tmp`, `step_N.old.tmp`
+and `latest.tmp` are leftovers of a process that was killed; the next save removes them.
 
 With a process group, `save`, `verify`, `newest_good`, `open_checkpoint`, `load_weights` and `load_training` are collective: every
 rank calls them with the same folder, the work is shared out, and if one rank fails all of them raise. `find`, `load_config`
@@ -58,8 +58,11 @@ from neva.checkpoint.manifest import (
     step_of,
     sync,
 )
+from neva.config import from_json, from_yaml
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LEFTOVER = re.compile(r"(step_\d+(\.old)?|latest)\.tmp")
+"""What a save that was killed leaves in `checkpoints/`."""
 OWN = re.compile(r"rank(\d+)/")
 """Prefix under which `training/` keeps what belongs to one rank."""
 
@@ -185,9 +188,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_config(step_folder: Path) -> dict[str, Any]:
-    """The resolved config that the checkpoint was saved with, as a plain dict."""
-    with (Path(step_folder) / "neva.yaml").open(encoding="utf-8") as file:
-        return yaml.safe_load(file)
+    """The resolved config that the checkpoint was saved with, as a plain dict. CheckpointError if it cannot be read."""
+    path = Path(step_folder) / "neva.yaml"
+    try:
+        described = from_yaml(path.read_bytes())
+    except (ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(described, dict):
+        raise CheckpointError(f"{path} holds no keys of a config.")
+    return described
 
 
 def tokenizer_folder(step_folder: Path) -> Path:
@@ -228,7 +237,7 @@ def load_training(step_folder: Path, *, into: Training) -> Resumed:
     filled = {name: tensor for name, tensor in owned.items() if kinds.get(name) == (tensor.shape, tensor.dtype)}
     _match({name: stored[name] for name in stored if not OWN.match(name)}, into.tensors, folder)
     _read_tensors(folder, {**into.tensors, **filled})
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = from_json((folder / "state.json").read_text(encoding="utf-8"))
     return Resumed(state=state, skipped=tuple(OWN.sub("", name) for name in owned if name not in filled))
 
 
@@ -326,6 +335,8 @@ def _begin(temporary: Path, config: dict[str, Any], write_files: Callable[[Path]
     """Remove what killed saves left behind and write all but the tensors."""
     temporary.parent.mkdir(parents=True, exist_ok=True)
     for leftover in temporary.parent.glob("*.tmp"):
+        if not LEFTOVER.fullmatch(leftover.name):
+            continue  # the user's
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
         else:
@@ -425,7 +436,16 @@ def _stored(folder: Path) -> dict[str, Any]:
     """DCP's metadata by tensor name."""
     found: dict[str, Any] = {}
     reader = Reader(folder)
-    _together(lambda: found.update(reader.read_metadata().state_dict_metadata), explain=partial(explain_reading, folder=folder))
+
+    def read() -> None:
+        found.update(reader.read_metadata().state_dict_metadata)
+        if reader.records:
+            raise CheckpointError(
+                f"{folder / '.metadata'} is refused: besides tensors it holds {few(list(reader.records))}, "
+                "whose reading would run code. neva writes no such checkpoint."
+            )
+
+    _together(read, explain=partial(explain_reading, folder=folder))
     return found
 
 

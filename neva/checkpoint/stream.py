@@ -19,15 +19,69 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
+from neva.checkpoint.manifest import sync
+
 UNIT = 2**30
 """Bytes of a unit; a larger tensor is one by itself."""
 
 
-def staging(out: Path) -> Path:
-    """The folder that becomes `out` when it is whole. ValueError if `out` is there already."""
-    if out.exists():
+MARK = ".neva-staging"
+"""File by which neva knows a folder that it made itself: no other is gone on with, or removed."""
+
+
+def staging(out: Path, ending: str = ".tmp") -> Path:
+    """The folder that becomes `out` when it is whole, or that `out` is made from.
+
+    ValueError if `out` is there already, or in the folder's place something that neva did not make.
+    """
+    if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists already; name another folder with --out, or remove it")
-    return out.with_name(out.name + ".tmp")
+    folder = out.with_name(out.name + ending)
+    _check_own(folder)
+    return folder
+
+
+def _check_own(folder: Path) -> None:
+    if not (folder.is_symlink() or folder.exists()):
+        return
+    real = folder.is_dir() and not folder.is_symlink()
+    if not real or not ((folder / MARK).is_file() or not any(folder.iterdir())):
+        raise ValueError(f"{folder} is in the way, and neva did not make it: rename or remove it, or name another folder with --out")
+
+
+def begin(folder: Path, of: str) -> None:
+    """Make the folder, or go on with what a cut-off write of the same (`of`) left there.
+
+    What one of something else left is removed. ValueError for a folder that neva did not make.
+    """
+    _check_own(folder)
+    mark = folder / MARK
+    if folder.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == of):
+        remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(of, encoding="utf-8")
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of `begin`'s, if it is there; its mark last, so that a kill leaves it ours."""
+    if not folder.exists():
+        return
+    _check_own(folder)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
+    shutil.rmtree(folder)
+
+
+def finish(folder: Path, out: Path) -> None:
+    """Make a folder of `begin`'s durable, and give it the name `out`."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+    (folder / MARK).unlink()
+    folder.rename(out)
+    sync(out.parent)
 
 
 @contextmanager
@@ -36,7 +90,7 @@ def removed_if_refused(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         raise
 
 

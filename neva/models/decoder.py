@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from neva.batch import IGNORE
+from neva.config import Limits, check_numbers
 from neva.models.attention import Documents, PackedAttention
 from neva.models.cross import CrossAttention, CrossConfig
 from neva.models.layers import GATED, MLP, NORMS, Attention, GatedMLP, MLPKind, NormKind, RopeScaling, Rotary, rope_tables
@@ -24,6 +25,15 @@ HEAD_TOKENS = 2**13
 """Most tokens of these; with fewer, a tile holds more of the vocabulary."""
 HEAD_KEPT = 2**25
 """Most logits that the loss keeps for backward in place of computing them again: 1048 labelled tokens of a vocabulary of 32,000."""
+
+
+LIMITS: Limits = {
+    "vocab": (1, 2**24), "width": (1, 2**20), "layers": (1, 2**10), "heads": (1, 2**14), "kv_heads": (1, 2**14),
+    "ffn": (1, 2**22), "head_width": (1, 2**14), "window": (0, 2**40), "max_positions": (1, 2**31),
+    "experts": (0, 2**14), "active_experts": (1, 2**14), "eps": (0.0, 1.0), "rope_theta": (1e-3, 1e15),
+    "rotary_fraction": (0.0, 1.0), "balance": (0.0, 1e6),
+}  # fmt: skip
+"""Least and most of each number of a decoder; no model comes near the most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +93,7 @@ class DecoderConfig:
     """Dropout inside the MLP, behind its activation."""
 
     def __post_init__(self):
+        check_numbers(self, LIMITS)
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: each key-value head serves as many query heads.")
         if self.head_width is None and self.width % self.heads:

@@ -4,10 +4,12 @@ To read, a family says which of its fields mean which of ours, what its missing 
 the same is read backwards, and the result is read again: what does not come back is something that the format cannot hold.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
+from neva import config as tree
 from neva.models import hf
 from neva.models.cross import CrossConfig
 from neva.models.decoder import DecoderConfig
@@ -15,6 +17,7 @@ from neva.models.layers import RopeScaling
 from neva.models.vit import Feature, VisionConfig
 
 Json = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +172,7 @@ def decoder_config(config: Json) -> DecoderConfig:
     c = {**family.defaults, **config}
     rotary = _rotary(c)
     values = {name: value for name, value in _values(family, c).items() if not (name == "kv_heads" and value is None)}
-    return DecoderConfig(**{"kv_heads": c["num_attention_heads"], **values, **rotary})
+    return _built(DecoderConfig, family, {"kv_heads": c["num_attention_heads"], **values, **rotary})
 
 
 def vision_config(config: Json, *, select_layer: int = -2, feature: Feature | None = None, qkv_rows: int = 0) -> VisionConfig:
@@ -185,10 +188,11 @@ def vision_config(config: Json, *, select_layer: int = -2, feature: Feature | No
     family = _family(config, VISION)
     values = _values(family, {**family.defaults, **config})
     values |= {name: _square(values[name]) for name in ("image", "patch")}
+    _built(VisionConfig, family, {**values, "select_layer": 0})  # for its errors: what follows computes with these
     head = values["width"] // values["heads"]
     if qkv_rows and qkv_rows != 3 * values["width"]:
         values |= {"heads": qkv_rows // (3 * head), "head_width": head}
-    return VisionConfig(**values, select_layer=select_layer, feature=feature)
+    return _built(VisionConfig, family, {**values, "select_layer": select_layer, "feature": feature})
 
 
 def _peer_vision(config: Json, select_layer: int, feature: Feature) -> VisionConfig:
@@ -198,19 +202,20 @@ def _peer_vision(config: Json, select_layer: int, feature: Feature) -> VisionCon
         raise ValueError(f"{unknown(config)} (which need {', '.join(missing)} in their config.json)")
     patch, patches = _square(config["patch_size"]), config.get("num_patches")
     image = _square(config["image_size"]) if "image_size" in config else int(patches**0.5) * patch if patches else 224
-    return VisionConfig(
-        backend="hf",
-        hf_config=dict(config),
-        image=image,
-        patch=patch,
-        width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        ffn=config.get("intermediate_size", int(config["hidden_size"] * config.get("mlp_ratio", 4))),
-        class_token=not config["model_type"].startswith("siglip"),
-        select_layer=select_layer,
-        feature=feature,
-    )
+    values = {
+        "backend": "hf",
+        "hf_config": dict(config),
+        "image": image,
+        "patch": patch,
+        "width": config["hidden_size"],
+        "layers": config["num_hidden_layers"],
+        "heads": config["num_attention_heads"],
+        "ffn": config.get("intermediate_size", int(config["hidden_size"] * config.get("mlp_ratio", 4))),
+        "class_token": not config["model_type"].startswith("siglip"),
+        "select_layer": select_layer,
+        "feature": feature,
+    }
+    return tree.from_dict(VisionConfig, values)
 
 
 def unknown(config: Json) -> str:
@@ -312,6 +317,21 @@ def _json(family: Family, config: DecoderConfig | VisionConfig) -> dict[str, Any
         value = getattr(config, ours if isinstance(ours, str) else ours[0])
         written[theirs] = words.get(value, value) if isinstance(value, str) else None if ours == "window" and not value else value
     return written
+
+
+def _built(cls: type[T], family: Family, values: Mapping[str, Any]) -> T:
+    """Our config of these values, each checked. ValueError in the words of config.json."""
+    try:
+        return tree.from_dict(cls, values)
+    except ValueError as error:
+        ours = re.match(r"(\w+)[:=]", str(error))
+        spelled = {name: theirs for theirs, names in family.fields.items() for name in _tupled(names)}
+        theirs = spelled.get(ours[1]) if ours else None
+        raise ValueError(f"config.json says {theirs}={values[ours[1]]!r}: {error}" if ours and theirs else str(error)) from None
+
+
+def _tupled(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
 
 
 def _rotary(c: Json) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from neva.config import Limits, check_numbers
 from neva.models.attention import Documents
 
 
@@ -32,6 +33,8 @@ class RopeScaling:
     """llama3: positions that the model was first trained on."""
 
     def __post_init__(self):
+        limits: Limits = {"factor": (0.0, 1e6), "low": (0.0, 1e6), "high": (0.0, 1e6), "original": (1, 2**31)}
+        check_numbers(self, limits)
         if self.factor < 1:
             raise ValueError(f"factor={self.factor} must be at least 1.")
         if self.kind == "llama3" and not 0 < self.low < self.high:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from neva.batch import IGNORE, NEWLINE, VECTORS, Aspect, Batch, CrossVisible, ImageLayout, Inline, Resample, TagBinding, Tags, Thumbnail
+from neva.config import check_numbers
 from neva.models.attention import Cache, Documents
 from neva.models.decoder import Decoder, DecoderConfig, Head
 from neva.models.hf_vision import HFVision
@@ -59,6 +60,9 @@ class ImageConfig:
     """A function of yours in place of `aspect`, as `module:name`; it takes a Pillow image and the `ImageLayout`, and gives its tile."""
 
     def __post_init__(self):
+        check_numbers(self, {"min_tiles": (1, 2**10), "max_tiles": (1, 2**10), "box_scale": (1, 2**20)})
+        if len(self.pinpoints) > 2**10 or any(not 1 <= side <= 2**16 for pair in self.pinpoints for side in pair):
+            raise ValueError("pinpoints must be at most 1,024 pairs of 1 to 65,536 pixels.")
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ValueError(f"min_tiles={self.min_tiles} and max_tiles={self.max_tiles}: need 1 <= min_tiles <= max_tiles.")
         if self.tags == "bbox" and self.box_scale < self.max_tiles:

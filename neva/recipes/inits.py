@@ -12,6 +12,7 @@ from neva.checkpoint import store
 from neva.checkpoint.foreign import is_foreign
 from neva.checkpoint.hf import Options, Source, compose, read_source
 from neva.checkpoint.manifest import find
+from neva.checkpoint.nemo import is_nemo, read_nemo_config
 from neva.job import InitConfig, TrainConfig
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
@@ -36,8 +37,8 @@ class Found:
 
 def look(path: Path, *more: Path) -> Found:
     """Read what lies at `path`, of folders what an import of them together makes. ValueError for what is no checkpoint and cannot be imported."""
-    if more or is_foreign(path):
-        return _of_sources([read_source(folder) for folder in (path, *more)])
+    if more or is_nemo(path) or is_foreign(path):
+        return _of_sources([_source(folder) for folder in (path, *more)])
     folder = find(path)
     described: dict[str, Any] = store.load_config(folder)
     tokenizer = store.tokenizer_folder(folder)
@@ -48,13 +49,17 @@ def look(path: Path, *more: Path) -> Found:
     return Found(model=model, decoder=model.decoder, vision=model.vision, image=model.image if model.vision else None, **text)
 
 
+def _source(folder: Path) -> Source:
+    return read_nemo_config(folder) if is_nemo(folder) else read_source(folder)
+
+
 def _of_sources(sources: list[Source]) -> Found:
     model, vision, _ = compose(sources, Options())
     if model is None:
         return Found(vision=vision, image=sources[0].image)
-    tokenizer = str(sources[0].folder) if sources[0].has_tokenizer else ""
+    tokenizer = str(sources[0].tokenizer) if sources[0].has_tokenizer else ""
     if sources[0].kind == "decoder":
-        return Found(decoder=model.decoder, tokenizer=tokenizer)
+        return Found(decoder=model.decoder, tokenizer=tokenizer, template=sources[0].template)
     template = sources[0].template or "v1"
     return Found(model=model, decoder=model.decoder, vision=model.vision, image=model.image, tokenizer=tokenizer, template=template)
 

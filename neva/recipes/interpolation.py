@@ -6,12 +6,16 @@ other, and may stand within text. REFERENCE: omegaconf/grammar/*.g4; the functio
 
 import math
 import re
+import reprlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from neva.config import NODES, from_yaml
 
 Place = tuple[str, ...]
 """The names on the way from the top of the file to a value."""
@@ -31,6 +35,8 @@ class Unresolved:
         return self.raw
 
 
+LONGEST = 2**16
+"""Most characters of a text with interpolations in it."""
 _MISSING = object()
 _OPENING = re.compile(r"(\\*)\$\{")
 
@@ -53,8 +59,9 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOA
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} stands twice", node.start_mark)
+    twice = next((key for key, count in Counter(keys).items() if count > 1), None)
+    if twice is not None:
+        raise yaml.constructor.ConstructorError(None, None, f"the key {twice} stands twice", node.start_mark)
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
@@ -65,7 +72,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 def load(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds. ValueError with path and line for a file that is something else."""
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        found = from_yaml(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except (yaml.YAMLError, RecursionError) as error:
@@ -82,9 +89,22 @@ def resolve(root: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[di
     """The tree with each `${…}` replaced, or `Unresolved`, and the keys that others refer to. ValueError for a value that refers to itself."""
     resolver = _Resolver(root, environment)
     try:
-        return resolver.value(dict(root), ()), resolver.referred
+        found = resolver.value(dict(root), ())
+        if _values(found, {}) > NODES:
+            raise ValueError(f"its values refer to each other and unfold to more than {NODES:,}")
+        return found, resolver.referred
     except RecursionError:
         raise ValueError("its values refer to each other, or nest, without end") from None
+
+
+def _values(found: Any, known: dict[int, int]) -> int:
+    """Values of a tree, those that stand at several places counted at each."""
+    if not isinstance(found, dict | list):
+        return 1
+    if id(found) not in known:
+        below = found.values() if isinstance(found, dict) else found
+        known[id(found)] = 1 + sum(_values(one, known) for one in below)
+    return known[id(found)]
 
 
 class _Resolver:
@@ -95,7 +115,7 @@ class _Resolver:
         self.referred: set[str] = set()
         self.functions: dict[str, Callable[..., Any]] = {
             "oc.env": self._env, "oc.decode": self._decode, "oc.select": self._select,
-            "multiply": lambda x, y: _numbers(x, y) and x * y,
+            "multiply": lambda x, y: _numbers(x, y) and _small(x * y),
             "divide_ceil": lambda x, y: _numbers(x, y) and math.ceil(x / y),
             "divide_floor": lambda x, y: _numbers(x, y) and math.floor(x / y),
         }  # fmt: skip
@@ -124,14 +144,19 @@ class _Resolver:
 
     def _text(self, raw: str, place: Place) -> Any:
         """A value of its own type where an interpolation stands alone, else text."""
+        if len(raw) > LONGEST:
+            raise _Unknown(f"it has more than {LONGEST:,} characters")
         if raw == "???":
             raise _Unknown("??? stands for a value that must be given")
         found: list[Any] = [piece if isinstance(piece, str) else self._inner(piece[0], place) for piece in _pieces(raw)]
         if len(found) == 1:
             return found[0]
         if odd := [one for one in found if not isinstance(one, str | int | float)]:
-            raise _Unknown(f"{'null' if odd[0] is None else odd[0]} cannot stand within text")
-        return "".join(map(str, found))
+            raise _Unknown(f"{'null' if odd[0] is None else reprlib.repr(odd[0])} cannot stand within text")
+        text = list(map(str, found))
+        if sum(map(len, text)) > LONGEST:
+            raise _Unknown(f"it becomes a text of more than {LONGEST:,} characters")
+        return "".join(text)
 
     def _inner(self, content: str, place: Place) -> Any:
         """What stands between the braces: a key, or a function and its arguments."""
@@ -199,8 +224,15 @@ class _Resolver:
 
 def _numbers(*values: Any) -> bool:
     if odd := [value for value in values if isinstance(value, bool) or not isinstance(value, int | float)]:
-        raise TypeError(f"{odd[0]!r} is not a number")
+        raise TypeError(f"{reprlib.repr(odd[0])} is not a number")
     return True
+
+
+def _small(product: int | float) -> int | float:
+    """A number of a config: products of products would else fill the memory with digits."""
+    if isinstance(product, int) and product.bit_length() > 128:
+        raise ArithmeticError("the product is no size of a model")
+    return product
 
 
 def _pieces(text: str) -> list[str | tuple[str]]:

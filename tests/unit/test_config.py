@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neva.config import from_dict, load, override, save, to_dict
@@ -215,6 +215,7 @@ def test_saved_stages_load_equal(tmp_path) -> None:
     assert "ünï" in text and "eps: 1.0e-08" in text and [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
 
 
+@settings(deadline=None)  # which a busy machine misses
 @given(name=st.text(), lr=st.floats(allow_nan=False), words=st.lists(st.text(), max_size=4), system=st.none() | st.text())
 def test_any_text_and_number_survives_a_file(tmp_path_factory, name: str, lr: float, words: list[str], system: str | None) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
