@@ -406,6 +406,7 @@ def test_every_rule_is_shown_to_fire() -> None:
 
 CASES = {
     "date-template",
+    "small-set-epoch",
     "system-dropped",
     "template-always-header",
     "template-drops-user",

@@ -60,6 +60,22 @@ def test_recompute(kind):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("silent", ["attention.out", "mlp.down"])
+def test_hidden_dropout_falls_on_what_attention_and_mlp_add(silent):
+    """With one of them silent, the other's addition is left out or doubled at a rate of a half; the residual stays."""
+    block = with_dropout(hidden_dropout=0.5).decoder.blocks[0]
+    torch.nn.init.zeros_(block.get_submodule(silent).weight)
+    x = torch.randn(1, 17, 32, generator=torch.Generator().manual_seed(0))
+    batch = pack(PLAIN.layout, [[A]], 17)
+    angles = (torch.ones(1, 17, 1, 4), torch.zeros(1, 17, 1, 4))
+    with torch.no_grad():
+        whole = block.eval()(x, Documents.of(batch), angles)[0] - x
+        dropped = block.train()(x, Documents.of(batch), angles)[0] - x
+    left_out = dropped.abs() < 1e-6
+    assert 0.4 < left_out.float().mean() < 0.6
+    assert torch.allclose(dropped[~left_out], 2 * whole[~left_out], atol=1e-5)
+
+
 def test_attention_dropout_is_unbiased():
     """Averaged over many draws, attention with dropout is attention without; padding stays 0."""
     generator = torch.Generator().manual_seed(0)
