@@ -577,3 +577,12 @@ def test_unwritable_places(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").touch()
     with pytest.raises(CheckpointError, match=r"Could not save.*File exists"):
         put(tmp_path / "run")
+
+
+def test_only_newer_checkpoints_are_set_aside(tmp_path):
+    """Going on from step 2 makes step 3 anew; 2 itself and 1 stay as they are."""
+    folders = [put(tmp_path, step=step) for step in (1, 2, 3)]
+    (said,) = store.set_newer_aside(folders[1])
+    assert "step_3.replaced" in said
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == ["step_1", "step_2", "step_3.replaced"]
+    assert [store.verify(folder).step for folder in folders[:2]] == [1, 2]

@@ -268,3 +268,26 @@ def test_cuts_around_an_image(start_end: bool, kept: list[int]) -> None:
     cuts = [draft.cut(length) for length in range(1, len(kept) + 1)]
     assert [len(cut.tokens) for cut in cuts] == kept
     assert [len(cut.images) for cut in cuts] == [int(length >= end) for length in kept]
+
+
+def test_an_image_that_decodes_to_another_size_than_its_header_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens were counted from the header; the pixels would no longer fit them."""
+    encoder = Encoder(TINY, "v1", None, LAYOUT)
+    sample = chat("<image>\nWhat?", "A cat.", images=1)
+    assert len(encoder.encode(sample).tiles) == 1
+    monkeypatch.setattr("neva.data.encode.image_size", lambda picture: (9, 6))
+    with pytest.raises(SampleError, match=r"decodes to \(9, 5\) but its header says \(9, 6\)"):
+        encoder.encode(sample)
+
+
+def test_tiles_of_a_memory_are_not_given_up_for_a_text_that_is_too_long() -> None:
+    """They take no token: fewer of them bring the sample no nearer. Where tiles are what is too many, they are."""
+    layout = ImageLayout(tile=8, tokens_per_tile=3, aspect="tiles", max_tiles=6, inline="none")
+    turns = (Turn(role="user", text="<image>\n" + "word " * 50), Turn(role="assistant", text="Yes."))
+    wide = Sample(source="s", id="0", turns=turns, images=(Image.new("RGB", (96, 16)),))
+    encoder = Encoder(TINY, "v1", None, layout)
+    whole = encoder.measure(wide)
+    assert whole.tiles == 7
+    assert encoder.fit(wide, length=20, tiles=99) == whole
+    fewer = encoder.fit(wide, length=20, tiles=4)
+    assert fewer.tiles <= 4 and fewer.tokens <= whole.tokens

@@ -15,6 +15,7 @@ from torch import Tensor
 import neva
 from neva import api
 from neva.cli import main
+from neva.data.encode import Encoder
 from neva.data.sample import Encoded, Sample, Turn
 from neva.data.source import LlavaSource
 from neva.data.tokenizer import JsonTokenizer
@@ -22,6 +23,7 @@ from neva.evaluate.run import errors, evaluate
 from neva.infer.generate import (
     Loaded,
     Sampling,
+    _Request,
     _stream,
     draw,
     generate,
@@ -162,6 +164,33 @@ def test_an_answer_ends_at_the_limit_at_a_stop_text_and_at_the_end_of_the_positi
     assert cut.tokens == long.tokens[:4] and cut.finish == "length"
     with pytest.raises(ValueError, match=r"sample '.*' of 'test': its prompt has \d+ tokens but the model's positions end at"):
         generate(model, [asked("word " * 99)], Sampling())
+
+
+def test_the_first_of_two_stop_texts_in_one_token_ends_the_answer(loaded: Loaded) -> None:
+    tokenizer = loaded.encoder.tokenizer
+    spelled = {id: tokenizer.decode([id]) for id in range(300, 500)}
+    id, text = next((id, text) for id, text in spelled.items() if text.isalpha() and len(set(text)) > 2)
+    prompt = loaded.encoder.encode(SAMPLES[4], labels=False)
+    request = _Request(loaded, Sampling(stop=(text[2], text[1])), prompt)
+    request.take(id)
+    assert (request.answer().text, request.finish) == (text[:1], "stop")
+
+
+def test_an_answer_without_any_stop_text_has_its_text(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = without_end(loaded)
+    monkeypatch.setattr(Encoder, "stops", ())
+    (answer,) = generate(model, SAMPLES[4:], Sampling(max_new_tokens=5))
+    assert answer.finish == "length" and len(answer.tokens) == 5
+    assert answer.text == model.encoder.tokenizer.decode(answer.tokens).strip() != ""
+
+
+def test_mass_that_is_reached_exactly_takes_no_further_token() -> None:
+    logits = torch.tensor([2.0, 2.0, -9.0])
+    generator = torch.Generator().manual_seed(0)
+    half = Sampling(temperature=1.0, top_k=2, top_p=0.5)
+    assert len({draw(logits, half, generator) for _ in range(50)}) == 1
+    more = replace(half, top_p=0.51)
+    assert {draw(logits, more, generator) for _ in range(50)} == {0, 1}
 
 
 def test_samples_draw_from_streams_of_their_own(loaded: Loaded) -> None:

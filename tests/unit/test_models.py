@@ -30,6 +30,12 @@ def test_images_are_padded_with_the_encoders_mean_colour():
 # Fresh weights
 
 
+def test_no_two_names_or_seeds_draw_alike():
+    shape = torch.Size((2, 2))
+    drawn = {tuple(fresh(f"decoder.blocks.{n}.mlp.up.weight", shape, n % 7).flatten().tolist()) for n in range(2000)}
+    assert len(drawn) == 2000
+
+
 def test_fresh_depends_on_name_and_seed_alone():
     """More layers, another order and other draws in between change no shared parameter; another seed or name does."""
     small, large = build(TINY, seed=3), build(replace(TINY, decoder=replace(TINY.decoder, layers=4)), seed=3)

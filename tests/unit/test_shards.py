@@ -54,3 +54,13 @@ def test_an_index_that_names_files_outside_its_folder_is_refused(kind: str, endi
 def test_the_same_index_with_a_file_inside_is_read(kind: str, name: str, tmp_path: Path) -> None:
     shards = open_shards(folder_with_index(tmp_path, name, kind))
     assert {name: shards.read(name).tolist() for name in shards.entries} == {name: tensor.tolist() for name, tensor in TENSORS.items()}
+
+
+@pytest.mark.parametrize("listed", [["a"], ["a", "b", "c"]])
+def test_an_index_that_lists_other_tensors_than_its_file_holds_is_refused(listed: list[str], tmp_path: Path) -> None:
+    """Fewer: part of the model would be left out. More: a part is missing."""
+    folder = folder_with_index(tmp_path, "one.safetensors", "safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(listed, "one.safetensors")}))
+    with pytest.raises(CheckpointError, match="also hold b" if len(listed) == 1 else "lists 'c' in one.safetensors"):
+        open_shards(folder)
