@@ -19,6 +19,8 @@ from neva.data.tokenizer import FILES, Tokenizer, load_tokenizer
 
 VICUNA = ("llava", "llava-original")
 """Formats whose chat format is LLaVA's `v1` where nobody says otherwise."""
+MOST_BEYOND = 64
+"""Most tokens that a tokenizer may have beyond the embedding, if all of them were added to it later (CodeLlama-34b, Llama-2 with `<pad>`)."""
 NEMO = ("nemo", "nemo-neva")
 """Formats that transformers does not read."""
 MOST_PADDING = 2048
@@ -97,7 +99,13 @@ def _tokenizer(chosen: Plan, say: Callable[[str], None]) -> Tokenizer | None:
         say(f"warning: {source.folder} holds no tokenizer: set data.tokenizer when you train, and it cannot generate before that")
         return None
     vocab = chosen.model.decoder.vocab
-    if not vocab - MOST_PADDING <= tokenizer.size <= vocab:
+    beyond = tokenizer.size - vocab
+    if 0 < beyond <= MOST_BEYOND and tokenizer.own_size <= vocab:
+        say(
+            f"warning: {source.folder}: {beyond} of its tokenizer's added tokens have no row in the embedding ({vocab} rows): "
+            f"a prompt that uses one is refused; to train with them, set model.decoder.vocab={-(-tokenizer.size // 64) * 64}"
+        )
+    elif not vocab - MOST_PADDING <= tokenizer.size <= vocab:
         raise CheckpointError(f"{source.folder}: its tokenizer has {tokenizer.size} tokens, its embedding {vocab}; they are not of one model.")
     check_tags(tokenizer, chosen.model.layout)
     return tokenizer

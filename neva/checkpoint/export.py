@@ -21,6 +21,7 @@ from neva.checkpoint.prompts import compare_prompts
 from neva.checkpoint.shards import converted, open_shards
 from neva.checkpoint.target import PEER, ExportOptions, Target, configs, kept_dtype, make_target, with_dtype
 from neva.models import hf
+from neva.models.vlm import grown
 
 
 def export(checkpoint: Path, out: Path, options: ExportOptions, *, check: bool = True, say: Callable[[str], None] = print) -> Path:
@@ -137,13 +138,7 @@ def _groups(target: Target, described: Mapping[str, Tensor]) -> Iterator[list[st
 
 def _written(weights: Path, name: str, *, target: Target, options: ExportOptions) -> Tensor:
     """One of our tensors as it is written: with the rows and in the dtype that were asked for."""
-    tensor = _grown(index.read(weights, name), target.grow.get(name, 0))
+    tensor = index.read(weights, name)
+    if name in target.grow:
+        tensor = grown(tensor, target.grow[name])
     return converted(tensor, kept_dtype(tensor.dtype, options), name)
-
-
-def _grown(tensor: Tensor, rows: int) -> Tensor:
-    """An embedding with more rows, each the mean of the others: a new token then is never the likeliest."""
-    if not rows:
-        return tensor
-    mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
-    return torch.cat((tensor, mean.expand(rows - tensor.shape[0], -1)))

@@ -32,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
@@ -39,6 +40,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from neva.checkpoint.index import Reader
 from neva.checkpoint.manifest import (
@@ -59,6 +61,7 @@ from neva.checkpoint.manifest import (
     sync,
 )
 from neva.config import from_json, from_yaml
+from neva.models.vlm import VOCABULARY, grown
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LEFTOVER = re.compile(r"(step_\d+(\.old)?|latest)\.tmp")
@@ -204,18 +207,43 @@ def tokenizer_folder(step_folder: Path) -> Path:
     return Path(step_folder) / "tokenizer"
 
 
-def load_weights(step_folder: Path, *, into: dict[str, Tensor], only: Callable[[str], bool] | None = None) -> None:
+def load_weights(
+    step_folder: Path,
+    *,
+    into: dict[str, Tensor],
+    only: Callable[[str], bool] | None = None,
+    grow: bool = False,
+) -> None:
     """Fill the tensors and DTensors of `into`, in place, from a verified checkpoint saved under any layout.
 
     A floating dtype that differs is converted as `Tensor.copy_` does (rounded to nearest even). `only` leaves out, on both
-    sides, the names for which it is false. Collective; pipeline ranks may each pass their part.
+    sides, the names for which it is false. With `grow` the checkpoint's vocabulary may be smaller: the rows of new tokens are
+    the mean of the others. Collective; pipeline ranks may each pass their part.
     Raises CheckpointError naming every missing, unexpected or differently shaped tensor; then nothing was changed.
     """
     chosen = {name: tensor for name, tensor in into.items() if only is None or only(name)}
     folder = Path(step_folder) / "weights"
-    stored = _stored(folder)
-    _match({name: stored[name] for name in stored if only is None or only(name)}, chosen, folder)
-    _read_tensors(folder, chosen)
+    stored = {name: found for name, found in _stored(folder).items() if only is None or only(name)}
+    small: dict[str, Tensor] = {}
+    for name in VOCABULARY if grow else ():
+        if name in chosen and name in stored and stored[name].size[0] < chosen[name].shape[0]:
+            small[name] = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
+    read = {**chosen, **small}
+    _match(stored, read, folder)
+    _read_tensors(folder, read)
+    for name, tensor in small.items():
+        _copy(chosen[name], grown(tensor, chosen[name].shape[0]))
+
+
+def _copy(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor that every rank holds; of a sharded target each rank its part."""
+    with torch.no_grad():
+        if isinstance(target, DTensor):
+            there = whole.to(target.device, target.dtype)
+            part = distribute_tensor(there, target.device_mesh, target.placements, src_data_rank=None)
+            target.copy_(part)
+        else:
+            target.copy_(whole)
 
 
 def load_training(step_folder: Path, *, into: Training) -> Resumed:

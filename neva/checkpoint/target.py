@@ -280,6 +280,7 @@ def _text(folder: Path, described: Mapping[str, Any], model: VLMConfig, origin: 
         encoder,
         origin=origin.folder,
         length=model.decoder.reach,
+        rows=model.decoder.vocab,
         ends=imported_ends(folder),
     )
     return tokens, encoder

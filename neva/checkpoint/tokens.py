@@ -62,11 +62,13 @@ def prepare_tokens(
     *,
     origin: Path | None,
     length: int,
+    rows: int,
     ends: Sequence[int] = (),
 ) -> Tokens:
     """Tokenizer files in which `<image>` is a token if the model sees images; those of the source in `origin` where it has them.
 
-    `ends`: ids that end an answer besides the tokenizer's and the template's.
+    `length`: the model's positions; `rows`: tokens that its embedding knows; `ends`: ids that end an answer besides the
+    tokenizer's and the template's.
     ValueError for a tokenizer that transformers has no form for.
     """
     tokenizer, images = encoder.tokenizer, encoder.layout.images
@@ -90,8 +92,9 @@ def prepare_tokens(
         config["pad_token"] = config.get("pad_token") or PAD
     # A batch of prompts is filled up in front: behind a prompt of unlike length its answer would begin wrongly.
     config["padding_side"] = "left"
-    if not config.get("pad_token"):
-        config["pad_token"] = model.id_to_token(tokenizer.pad)
+    # One beyond the embedding, where nothing makes that larger, would end the batch with an error.
+    if not config.get("pad_token") or (not images and tokenizer.pad >= rows):
+        config["pad_token"] = model.id_to_token(tokenizer.pad if tokenizer.pad < rows else tokenizer.eos)
     _start(model, tokenizer)
     if model.to_str() != before:
         files["tokenizer.json"] = model.to_str(pretty=True).encode()

@@ -111,6 +111,15 @@ class Tokenizer(ABC):
     def size(self) -> int:
         """One more than the largest id: the least size of the embedding."""
 
+    @property
+    @abstractmethod
+    def own_size(self) -> int:
+        """`size` without the tokens that were added later."""
+
+    @abstractmethod
+    def spell(self, id: int) -> str:
+        """A token as the vocabulary has it, also a special one; its number where it has none."""
+
     def save(self, folder: str | Path) -> None:
         """Writes the files from which `load_tokenizer(folder)` gives this tokenizer back."""
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -258,7 +267,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def size(self) -> int:
-        return max([self._model.get_piece_size(), *(id + 1 for id in self._added)])
+        return max([self.own_size, *(id + 1 for id in self._added)])
+
+    @property
+    def own_size(self) -> int:
+        return self._model.get_piece_size()
+
+    def spell(self, id: int) -> str:
+        if id in self._added:
+            return self._added[id].text
+        return self._model.id_to_piece(id) if id < self.own_size else str(id)
 
     def as_json(self) -> dict[str, bytes]:
         """The same tokenizer as a `tokenizer.json` and its config. ValueError for a model that has no such form."""
@@ -346,6 +364,13 @@ class JsonTokenizer(Tokenizer):
     @cached_property
     def size(self) -> int:
         return max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def own_size(self) -> int:
+        return max(self._model.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+
+    def spell(self, id: int) -> str:
+        return self._model.id_to_token(id) or str(id)
 
 
 def _read(file: Path) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from neva.data.image import image_size
 from neva.data.sample import MARKER, Encoded, Sample, SampleError
 from neva.data.source import Source
 from neva.evaluate.score import exact_match
-from neva.infer.generate import Answer, Loaded, Sampling, generate_encoded, too_long
+from neva.infer.generate import Answer, Loaded, Sampling, generate_encoded, unanswerable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def answer_in_batches(loaded: Loaded, samples: Sequence[Sample], sampling: Sampl
 def _encode(loaded: Loaded, sample: Sample) -> Encoded:
     """A sample's prompt. SampleError for one that cannot be asked."""
     prompt = loaded.encoder.encode(sample, labels=False)
-    if error := too_long(loaded, prompt):
+    if error := unanswerable(loaded, prompt):
         raise error
     return prompt
 

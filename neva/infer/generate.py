@@ -147,13 +147,18 @@ def lay_out_for_decoding(model: VLM) -> None:
         weight.data = weight.data.T.contiguous().T
 
 
-def too_long(loaded: Loaded, prompt: Encoded) -> SampleError | None:
-    """The error of a prompt behind which the model has no position left; None for others."""
-    limit = loaded.model.config.decoder.reach
-    if len(prompt.tokens) < limit:
+def unanswerable(loaded: Loaded, prompt: Encoded) -> SampleError | None:
+    """The error of a prompt that leaves the model no position, or has a token that it does not know; None for others."""
+    decoder = loaded.model.config.decoder
+    highest = max(prompt.tokens.tolist(), default=0)
+    if highest >= decoder.vocab:
+        token = loaded.encoder.tokenizer.spell(highest)
+        has = f"its prompt holds {token!r}, a token (number {highest}) that was added to the tokenizer"
+        return SampleError(*prompt.key, f"{has} and not to the model's {decoder.vocab}: leave it out, or train the model with it")
+    if len(prompt.tokens) < decoder.reach:
         return None
     has = f"its prompt has {len(prompt.tokens)} tokens"
-    return SampleError(*prompt.key, f"{has} but the model's positions end at {limit}: shorten it")
+    return SampleError(*prompt.key, f"{has} but the model's positions end at {decoder.reach}: shorten it")
 
 
 def generate(loaded: Loaded, samples: Sequence[Sample], sampling: Sampling | None = None) -> list[Answer]:
@@ -167,7 +172,7 @@ def generate_encoded(loaded: Loaded, prompts: Sequence[Encoded], sampling: Sampl
     if not prompts:
         return []
     for prompt in prompts:
-        if error := too_long(loaded, prompt):
+        if error := unanswerable(loaded, prompt):
             raise error
     limit = loaded.model.config.decoder.reach
     requests = [_Request(loaded, sampling, prompt) for prompt in prompts]

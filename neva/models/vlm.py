@@ -338,6 +338,16 @@ def fresh(name: str, shape: torch.Size, seed: int) -> Tensor:
     return torch.empty(shape).normal_(0, deviation, generator=generator)
 
 
+VOCABULARY = ("decoder.embed.weight", "head.weight")
+"""Matrices with a row for each token."""
+
+
+def grown(weight: Tensor, rows: int) -> Tensor:
+    """A matrix of the vocabulary [v, d] with `rows` rows: each new one is the mean of the others, so that a new token is never the likeliest."""
+    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+    return torch.cat((weight, mean.expand(rows - weight.shape[0], -1)))
+
+
 def build(config: VLMConfig, *, seed: int = 0) -> VLM:
     """A model with fresh fp32 weights on the CPU."""
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from neva.checkpoint.nemo import is_nemo, read_nemo_config
 from neva.job import InitConfig, TrainConfig
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
-from neva.models.vlm import VLM, ImageConfig, VLMConfig, part_of
+from neva.models.vlm import VLM, VOCABULARY, ImageConfig, VLMConfig, part_of
 from neva.training.stage import PARTS
 
 Places = Mapping[str, tuple[Path, ...]]
@@ -140,13 +140,19 @@ def check_fit(stage: TrainConfig, places: Places) -> None:
             fix = f"set model.decoder.cross_layers={list(crossed)}, or init.cross=fresh"
             raise ValueError(f"stage {stage.name}: init.{field} has cross-attention in layers {list(crossed)}, the model in {list(layers)}: {fix}")
         parts -= set() if crossed and layers else {"cross"}
-        wrong = [name for name in mine if part_of(name) in parts and theirs.get(name) != mine[name]]
+        wrong = [name for name in mine if part_of(name) in parts and not _fits(name, theirs.get(name), mine[name])]
         wrong += [name for name in theirs if part_of(name) in parts and name not in mine]
         if wrong:
             one = f"{wrong[0]} has {theirs.get(wrong[0], 'nothing')} there and {mine.get(wrong[0], 'nothing')} here"
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             fix = "leave out the overrides of its sizes, or take it from a model of these"
             raise ValueError(f"stage {stage.name}: init.{field} is of another model: {one}{more}; {fix}")
+
+
+def _fits(name: str, theirs: tuple[int, ...] | None, mine: tuple[int, ...]) -> bool:
+    """Can a weight of this shape be taken? The vocabulary may grow."""
+    larger = name in VOCABULARY and theirs is not None and theirs[0] < mine[0]
+    return theirs == mine or (larger and theirs[1:] == mine[1:])
 
 
 def _shapes(model: VLMConfig) -> dict[str, tuple[int, ...]]:

@@ -159,7 +159,10 @@ def _check_sizes(stage: TrainConfig) -> None:
     check(template, images=stage.model.layout.images, system=bool(stage.data.system))
     size = tokenizer.size
     if size > decoder.vocab:
-        raise ValueError(f"the tokenizer has {size} tokens but model.decoder.vocab={decoder.vocab}; set model.decoder.vocab={size} or more")
+        rows = -(-size // 64) * 64
+        has = f"the tokenizer has {size} tokens but model.decoder.vocab={decoder.vocab}"
+        fix = f"set model.decoder.vocab={rows}; weights that init names get new rows, each the mean of the others"
+        raise ValueError(f"{has}; {fix}")
     if stage.batch.seq_length > decoder.reach:
         limit = f"model.decoder.max_positions={decoder.max_positions}" + (
             " stretched by rope_scaling" if decoder.reach > decoder.max_positions else ""

@@ -106,7 +106,10 @@ def prepare(
         say(f"New, drawn from seed {config.seed}: {', '.join(new)}")
     fill(model, device, lambda name, shape: None if found(name) else fresh(name, shape, config.seed))
     for folder, takes in origins:
-        store.load_weights(folder, into=dict(logical_parameters(model)), only=takes)
+        if resume is None and takes("decoder.embed.weight") and (line := _new_rows(config, folder)):
+            say(line)
+        weights: dict[str, Tensor] = dict(logical_parameters(model))
+        store.load_weights(folder, into=weights, only=takes, grow=resume is None)
     stage = Stage(
         config=config, first_step=first_step, model=model, optimizer=make_optimizer(model, config.optim), loader=loader,
         tokenizer=tokenizer, device=device, trained=trained, pinned=device.type == "cuda", sources=_sources(begin, config.init, resume),
@@ -114,6 +117,15 @@ def prepare(
     if resume is not None:
         _restore(stage, resume)
     return stage
+
+
+def _new_rows(config: TrainConfig, folder: Path) -> str:
+    """A line on the tokens that the model has and a checkpoint has not; empty if none."""
+    before = store.load_config(folder)["model"]["decoder"]["vocab"]
+    after = config.model.decoder.vocab
+    if after == before:
+        return ""
+    return f"The vocabulary grows from {before} to {after}: each new row is the mean of the others"
 
 
 def _origins(config: TrainConfig, start: Path | None, resume: Path | None) -> tuple[Path | None, list[tuple[Path, Callable[[str], bool]]]]:
@@ -372,5 +384,5 @@ def frozen_changed(config: TrainConfig, end: Path, start: Path | None) -> tuple[
 def _read(folder: Path, names: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
     """Some of a checkpoint's weights, in fp32: what bf16 holds is held exactly."""
     into = {name: torch.empty(parameter.shape) for name, parameter in names.items()}
-    store.load_weights(folder, into=into, only=lambda name: name in into)
+    store.load_weights(folder, into=into, only=lambda name: name in into, grow=True)
     return into

@@ -28,7 +28,7 @@ from neva.infer.generate import (
     draw,
     generate,
     lay_out_for_decoding,
-    too_long,
+    unanswerable,
 )
 from neva.models.layers import RopeScaling
 from neva.models.vlm import VLM
@@ -231,7 +231,7 @@ def test_learned_positions_and_a_ragged_batch(
     temperature: float,
 ) -> None:
     """Requests that are done wait for the longest one, none beyond the last position."""
-    samples = [sample for sample in SAMPLES if not too_long(learned, encoded(learned, sample))]
+    samples = [sample for sample in SAMPLES if not unanswerable(learned, encoded(learned, sample))]
     lengths = [len(encoded(learned, sample).tokens) for sample in samples]
     assert len(samples) >= 3 and len(set(lengths)) == len(lengths)
     sampling = Sampling(max_new_tokens=limit, temperature=temperature)
