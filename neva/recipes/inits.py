@@ -151,8 +151,9 @@ def check_fit(stage: TrainConfig, places: Places) -> None:
 
 def _fits(name: str, theirs: tuple[int, ...] | None, mine: tuple[int, ...]) -> bool:
     """Can a weight of this shape be taken? The vocabulary may grow."""
-    larger = name in VOCABULARY and theirs is not None and theirs[0] < mine[0]
-    return theirs == mine or (larger and theirs[1:] == mine[1:])
+    if theirs is None or name not in VOCABULARY:
+        return theirs == mine
+    return theirs[0] <= mine[0] and theirs[1:] == mine[1:]
 
 
 def _shapes(model: VLMConfig) -> dict[str, tuple[int, ...]]:
