@@ -37,8 +37,9 @@ from neva.job import NAMED, InitConfig, TrainConfig
 from neva.parallel import mesh as ranks
 from neva.recipes import inits, nemo_yaml
 from neva.recipes.nemo_yaml import Line
-from neva.recipes.resolve import make_data, resolve, say_mock, say_templates
+from neva.recipes.resolve import make_data, resolve, say_mock, say_templates, with_epochs
 from neva.training import loop
+from neva.training.epochs import estimate
 from neva.training.stage import check, frozen_changed, parameter_table
 
 __all__ = [
@@ -82,6 +83,7 @@ def _recipe(
     say: Callable[[str], None] | None,
     trust_code: bool,
 ) -> tuple[TrainConfig, ...]:
+    overrides = with_epochs(overrides)
     stages = tree.override(recipes.get(name), overrides, named=NAMED)
     if name.endswith((".yaml", ".yml")) or all(stage.init == InitConfig() for stage in stages):
         return stages
@@ -271,7 +273,7 @@ def train(
         place = partial(_readable, say=say)
         chosen = _recipe(stages, overrides, place=place, say=say, trust_code=trust_code)
     else:
-        chosen = tree.override(stages, overrides, named=NAMED)
+        chosen = tree.override(stages, with_epochs(overrides), named=NAMED)
     resolved = resolve(chosen)
     say_mock(resolved, say)
     say_templates(resolved, say)
@@ -300,7 +302,7 @@ def dry_run(
         inits.check_fit(stage, _texts(stage.init))
     precision = loop.choose_precision(resolved[0].precision)[0]
     for stage in resolved:
-        say(parameter_table(stage))
+        say(parameter_table(estimate(stage, say)))
     say(plan.table(resolved, ranks=ranks, precision=precision))
 
 
@@ -403,6 +405,8 @@ def demo(overrides: Sequence[str] = (), *, say: Callable[[str], None] = tree.tel
     run = Path(stages[0].out)
     before = sum(line["seconds"] for line in report.metrics(run)) if (run / "metrics.jsonl").exists() else 0.0
     last = train(stages, resume="auto", say=say)
+    begun = tree.load(run / "config.yaml", TrainConfig)
+    stages = tuple(replace(stage, steps=one.steps) for stage, one in zip(stages, begun, strict=True))
     loaded = _load_own(stages[-1], last)
     held_out = LlavaSource(run / "data" / "heldout.json", run / "data" / "images")
     say(f"Asking {len(held_out):,} questions about held-out images, then with the images blanked")

@@ -189,7 +189,10 @@ class TrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     steps: int = 1000
-    """Optimiser steps of this stage."""
+    """Optimiser steps of this stage; with `epochs` what those come to, 0 as long as it is not known."""
+    epochs: float = 0.0
+    """In place of steps: train so many times the usable samples of all sources, rounded up to whole steps. The samples are measured when
+    the run begins. On the command line the later of `steps=` and `epochs=` counts. 0 leaves it to `steps`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 where the device computes it faster, else fp32."""
     parallel: Degrees = field(default_factory=Degrees)

@@ -4,9 +4,12 @@ One global order and one global packing, functions of the seed alone; ranks and 
 gives the same rows in each step, and a stopped run goes on bit for bit.
 """
 
+import math
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +23,7 @@ from neva.data.order import Blend, Order, Ref
 from neva.data.pack import POOL, Budget, Item, Packer, Waiting, collate
 from neva.data.sample import Encoded, Sample, SampleError
 from neva.data.source import Source
+from neva.data.survey import Survey, Volume, sample_order, volume
 from neva.data.workers import Crew
 
 TILE_COST = 1 << 20
@@ -129,6 +133,9 @@ class Loader:
         self._micro = self.budget.rows // unit
         workers = self.options.workers
         self._ahead = max(self.options.prefetch, -(-workers // self._micro)) if workers else 0
+        self._stop_at = frozenset(
+            why for why, policy in (("long", self.options.over_long == "error"), ("broken", self.options.on_error == "stop")) if policy
+        )
         self._begin()
         desk = Desk(sources=tuple(self.sources), encoder=self.encoder, budget=self.budget, options=self.options)
         self._crew = Crew(workers, desk)
@@ -162,6 +169,11 @@ class Loader:
             raise ValueError("; ".join(failures))
         self._undecoded += [(one.source, one.id, one.message) for bad, _ in told for one in bad]
         return built
+
+    @property
+    def samples(self) -> int:
+        """Samples of all sources."""
+        return sum(self._lengths)
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -214,6 +226,38 @@ class Loader:
         self._step = state["step"]
         self._state = self._snapshot()
 
+    def survey(self, *, most: int | None = None, seconds: float | int = math.inf, strict: bool = True) -> Survey:
+        """Measures all samples, or `most` of them, or, alone, those of so many seconds; all ranks and workers share the work.
+
+        Collective. It does not touch the order. `strict` raises SampleError for a sample at which training would stop.
+        """
+        assert self.world == 1 or seconds == math.inf, "ranks would stop at different samples"
+        end = time.monotonic() + seconds
+        found = Survey.begin(self._blend)
+        wanted = sample_order(self._lengths, self.options.seed)[:most]
+        block = BLOCK * self.world
+        starts = iter(range(0, len(wanted), block))
+        waits: deque[tuple[list[Ref], Callable[[], list[Measure | Bad]]]] = deque()
+        while time.monotonic() < end:
+            for start in islice(starts, 2 * self.options.workers + 1 - len(waits)):
+                refs = [Ref(source, 0, index) for source, index in wanted[start : start + block]]
+                waits.append((refs, self._crew.submit(measure, refs[self.rank :: self.world])))
+            if not waits:
+                break
+            refs, wait = waits.popleft()
+            parts = self._share_part(wait)
+            for place, ref in enumerate(refs):
+                outcome = parts[place % self.world][place // self.world]
+                if strict and isinstance(outcome, Bad) and outcome.why in self._stop_at:
+                    raise SampleError(outcome.source, outcome.id, outcome.message)
+                found.add(ref.source, ref.index, outcome)
+        return found
+
+    def volume(self, survey: Survey, *, steps: int = 0, epochs: float | int = 0) -> Volume | None:
+        """What so many steps hold: `survey.volume`."""
+        options = self.options
+        return volume(survey, self.budget, pool=options.pool, seed=options.seed, shuffle=options.shuffle, steps=steps, epochs=epochs)
+
     def close(self) -> None:
         """Ends the workers."""
         self._planned.clear()
@@ -222,10 +266,8 @@ class Loader:
 
     def _begin(self) -> None:
         """Stands before the first sample, with nothing in flight."""
-        stop_at = {"long"} if self.options.over_long == "error" else set()
-        stop_at |= {"broken"} if self.options.on_error == "stop" else set()
         self._order = Order(self._blend, self.options.seed, self.options.shuffle)  # ahead of the draws by what is being measured
-        self._draws = Draws(self._blend, self._next_measured, frozenset(stop_at))
+        self._draws = Draws(self._blend, self._next_measured, self._stop_at)
         self._packer = Packer(self.budget, self._draws, pool=self.options.pool)
         self._trained = [0] * len(self._names)  # samples of each source that were packed
         self._planned: deque[Plan | ValueError] = deque()

@@ -1,6 +1,7 @@
 """What depends on files: fills it in, checks it, and makes the data sets that recipes bring themselves."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date
 from operator import attrgetter
@@ -20,7 +21,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {"digits": digits.write, "pages": pa
 
 
 LEAST: dict[str, float] = {
-    "steps": 1, "seed": 0, "optim.lr": 0, "optim.min_lr": 0, "optim.warmup": 0, "optim.weight_decay": 0, "optim.clip": 0,
+    "epochs": 0, "seed": 0, "optim.lr": 0, "optim.min_lr": 0, "optim.warmup": 0, "optim.weight_decay": 0, "optim.clip": 0,
     "checkpoint.every": 0, "checkpoint.keep_last": 0, "checkpoint.keep_every": 0, "log.every": 0, "evaluate.every": 0,
 }  # fmt: skip
 """Key of a stage -> its least value."""
@@ -40,6 +41,18 @@ def resolve(stages: tuple[TrainConfig, ...]) -> tuple[TrainConfig, ...]:
         if len({repr(getattr(stage, key)) for stage in stages}) > 1:
             raise ValueError(f"the stages differ in {key}; a run has one: set {key}=… without a stage's name before it")
     return tuple(_stage(stage) for stage in stages)
+
+
+def with_epochs(overrides: Sequence[str]) -> list[str]:
+    """The overrides, of which the later of `steps=` and `epochs=` counts: steps take back the epochs that a recipe may have."""
+    changed = []
+    for text in overrides:
+        key = text.partition("=")[0]
+        stage, colon, path = key.rpartition(":")
+        if path.strip() == "steps":
+            changed.append(f"{stage}{colon}epochs=0")
+        changed.append(text)
+    return changed
 
 
 def say_mock(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -> None:
@@ -89,7 +102,7 @@ def _stage(stage: TrainConfig) -> TrainConfig:
     except ValueError as error:
         raise ValueError(f"stage {stage.name}: {error}") from None
     held_out = replace(stage.evaluate, source=_within(stage.evaluate.source, stage.out), image_folder=_within(stage.evaluate.image_folder, stage.out))
-    return replace(stage, data=data, evaluate=held_out)
+    return replace(stage, data=data, evaluate=held_out, steps=0 if stage.epochs else stage.steps)
 
 
 def _template(template: str) -> str:
@@ -181,6 +194,10 @@ def _check_sizes(stage: TrainConfig) -> None:
         raise ValueError(f"an image makes {layout.most_tiles} tiles, more than batch.max_tiles={stage.batch.max_tiles}: raise it{hint}")
     if stage.data.fewer_tiles and stage.model.image.aspect != "tiles":
         raise ValueError(f"data.fewer_tiles has no effect on model.image.aspect={stage.model.image.aspect}, which cuts no grid; leave it out")
+    if not stage.epochs and stage.steps < 1:
+        raise ValueError(f"steps={stage.steps} must be at least 1, or set epochs")
+    if not math.isfinite(stage.epochs):
+        raise ValueError(f"epochs={stage.epochs} must be a finite number")
     for key, least in LEAST.items():
         value = attrgetter(key)(stage)
         if value < least:

@@ -21,6 +21,7 @@ from neva import config as tree
 from neva.checkpoint import store
 from neva.job import InitConfig, TrainConfig
 from neva.parallel import mesh as ranks
+from neva.training.epochs import with_steps
 from neva.training.metrics import Reporter, StepReport, cut_back
 from neva.training.stage import Stage, check, prepare, save, train_step
 
@@ -76,7 +77,7 @@ def train(stages: tuple[TrainConfig, ...], *, resume: str = "", on_evaluate: Eva
         stages = with_precision(stages, say)
         with _Signals() as signals, ExitStack() as held:
             found = _find(stages, resume, say)
-            stages = _with_date(stages, found)
+            stages = with_steps(_with_date(stages, found), found=found, say=say)
             for config in stages[_position(stages, found)[0] :]:
                 check(config, world=mesh.size())
             run = _Run(mesh=mesh, device=device, signals=signals, say=say, held=held, rewind=resume not in ("", "auto"))

@@ -84,6 +84,10 @@ class StepReport:
     memory_gib: float
     """Peak so far: of the GPU, else of the process."""
     seconds: float
+    samples: int
+    """Samples trained so far in this stage."""
+    epochs: dict[str, float]
+    """Source -> its samples trained so far in this stage, by its length: passes over it, if none is left out."""
     skipped_samples: int
     """Samples left out so far: unreadable or over-long."""
     reduced_samples: int
@@ -166,6 +170,7 @@ class Reporter:
             f"loss {_number(r.loss)}" + (f" ({kinds})" if kinds else ""),
             f"grad {_number(r.grad_norm)}",
             f"lr {r.lr:.2e}",
+            f"{r.samples:,} samples",
             f"{r.tokens_per_s:,.0f} tok/s",
             f"{r.padding:.1%} padding",
             f"{r.tiles_per_s:,.1f} tiles/s",

@@ -15,9 +15,10 @@ from neva import config as tree
 from neva.batch import Batch
 from neva.checkpoint import store
 from neva.data.encode import Encoder
-from neva.data.loader import Loader, LoaderOptions
+from neva.data.loader import Loader, LoaderOptions, alone
 from neva.data.pack import Budget
 from neva.data.source import LlavaSource, MockSource
+from neva.data.survey import PROBE, told
 from neva.data.tokenizer import Tokenizer, load_tokenizer
 from neva.job import InitConfig, SourceConfig, TrainConfig
 from neva.models.vlm import VLM, fresh, part_of
@@ -96,6 +97,9 @@ def prepare(
     with torch.device("meta"):
         model = VLM(config.model)
     freeze(model, config.trainable)
+    if resume is None and not config.epochs:
+        survey = loader.survey(most=PROBE, strict=False)
+        say(f"Stage {config.name}: {told(loader.volume(survey, steps=config.steps), survey)}")
     say(parameter_table(config))
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     trained = frozenset(part_of(name) for name in names)
@@ -190,7 +194,8 @@ def make_loader(config: TrainConfig, tokenizer: Tokenizer, *, rank: int = 0, wor
     budget = Budget(seq_length=batch.seq_length, rows=batch.rows, micro_rows=batch.micro_rows, max_tiles=batch.max_tiles)
     sources = [make_source(source, seed=config.seed) for source in data.blend]
     weights = [source.weight for source in data.blend]
-    return Loader(sources, encoder, budget, options, weights=weights, rank=rank, world=world, share=ranks.share)
+    share = ranks.share if world > 1 else alone  # a dry run has no ranks
+    return Loader(sources, encoder, budget, options, weights=weights, rank=rank, world=world, share=share)
 
 
 def make_source(config: SourceConfig, *, seed: int = 0) -> LlavaSource | MockSource:
@@ -293,6 +298,8 @@ def _report(
         mfu=flops / seconds / (peak * len(works)) if peak else None,
         memory_gib=memory_gib(stage.device),
         seconds=seconds,
+        samples=counts["samples"],
+        epochs=counts["epochs"],
         skipped_samples=counts["dropped"] + counts["skipped"],
         reduced_samples=counts["reduced"],
         skipped_steps=stage.skipped_steps,
