@@ -257,7 +257,7 @@ def test_a_loss_that_is_not_finite_names_its_samples_and_stops(data: Path, tmp_p
 
 def test_skipped_steps_are_counted_and_change_no_weight(data: Path, tmp_path: Path, ranked: torch.device) -> None:
     path, bad = poisoned(data, tmp_path)
-    (config,) = plan("llava-tiny/finetune", data, tmp_path / "run", f"data.source={path}", "batch.rows=2", "log.on_nonfinite=skip", "steps=8")
+    (config,) = plan("llava-tiny/finetune", data, tmp_path / "run", f"data.source={path}", "batch.rows=2", "log.on_nonfinite=skip", "steps=9")
     made, skipped = with_nan(config, ranked), 0
     for batches in (next(made.loader) for _ in range(8)):
         before = {name: p.detach().to_local().clone() for name, p in made.model.named_parameters()}
@@ -385,7 +385,8 @@ def test_every_step_has_a_flushed_line_whatever_is_printed(data: Path, tmp_path:
     for line in lines:
         assert set(line) == {
             "stage", "step", "loss", "losses", "balance", "grad_norm", "lr", "tokens", "labels", "padding", "tokens_per_s", "tiles_per_s",
-            "flops_per_s", "mfu", "memory_gib", "seconds", "skipped_samples", "reduced_samples", "skipped_steps",
+            "flops_per_s", "mfu", "memory_gib", "seconds", "samples", "epochs", "skipped_samples",
+            "reduced_samples", "skipped_steps",
         }  # fmt: skip
         assert line["tokens"] == round((1 - line["padding"]) * 128 * 4) and 0 < line["labels"] < line["tokens"]
         assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["seconds"]) and line["memory_gib"] > 0 < line["flops_per_s"]
@@ -521,7 +522,9 @@ def test_the_experts_balance_is_the_steps(data: Path, tmp_path: Path) -> None:
         found.append([line["balance"] for line in runs.metrics(out)])
         ends.append(weights(last, plan("llava-tiny/finetune", data, out, *EXPERTS)[0]))
     assert all(abs(a - b) < 1e-6 for other in found[1:] for a, b in zip(found[0], other, strict=True)) and found[0][0] > 0.5 * 2 * 0.9
-    assert all((ends[0][n] - other[n]).abs().max() < 1e-5 for other in ends[1:] for n in ends[0])
+    # Softmax does not see a key's bias: its gradient is rounding, which Adam makes as large as any.
+    names = [name for name in ends[0] if not name.endswith(".k.bias")]
+    assert all((ends[0][n] - other[n]).abs().max() < 1e-5 for other in ends[1:] for n in names)
     out = tmp_path / "without"
     last = train("llava-tiny/finetune", data, out, *EXPERTS, "batch.micro_rows=2", "optim.lr=1e-3", "model.decoder.balance=0.0")
     assert {line["balance"] for line in runs.metrics(out)} == {None}
