@@ -69,8 +69,7 @@ IMPORT_MOMENTS = [
     (Moment(function="neva.checkpoint.hf:_write_source", when="after"), UNITS),
     (Moment(function="neva.checkpoint.gate:compare", when="after"), UNITS),
     (Moment(function="neva.checkpoint.hf:publish", when="before"), UNITS),
-    (Moment(function="neva.checkpoint.hf:listing", when="after"), 0),  # begins to be published
-    (Moment(function="pathlib:Path.rename", call=2, when="before"), 0),
+    (Moment(function="neva.checkpoint.hf:listing", when="after"), UNITS),  # begins to be published
 ]
 
 
@@ -102,6 +101,21 @@ def test_killed_import(moment: Moment, kept: int, undisturbed: Path, tmp_path: P
     assert files == {path.relative_to(undisturbed / "whole") for path in (undisturbed / "whole").rglob("*")}
     untouched = [path for path, when in before.items() if (out / "weights" / path.name).stat().st_mtime_ns == when]
     assert len(untouched) == kept
+
+
+def test_killed_between_the_mark_and_the_name(undisturbed: Path, tmp_path: Path) -> None:
+    """In the instant between the removal of neva's own mark and the rename, the folder is whole.
+
+    It could be the user's by then: the same command does not touch it, and a rename makes it the checkpoint.
+    """
+    hf, out = undisturbed / "hf", tmp_path / "neva"
+    moment = Moment(function="pathlib:Path.rename", call=2, when="before")
+    assert run(imported, hf, out, notes=tmp_path / "notes", moment=moment).code == -signal.SIGKILL
+    left = staged(tmp_path)
+    assert not out.exists()
+    assert run(imported, hf, out, notes=tmp_path / "notes").code == 1
+    left.rename(out)
+    assert store.verify(out).step == 0 and weights(out) == weights(undisturbed / "whole")
 
 
 def test_leftovers_of_another_model_are_not_taken(undisturbed: Path, tmp_path: Path) -> None:
