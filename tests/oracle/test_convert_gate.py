@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from neva.checkpoint import gate as gates
@@ -247,8 +247,7 @@ def test_where_a_llava_says_that_it_is_tied(inside, top, model_type, tmp_path):
 
 def trained(place: Path) -> None:
     """The checkpoint with another embedding, as training leaves it."""
-    loaded = store.open_checkpoint(place)
-    names = index.stored(loaded.folder / "weights")
+    names = index.stored(place / "weights")
     state = {name: index.read(place / "weights", name) for name in names}
     state["decoder.embed.weight"] += 1
     rewrite(place, state)
@@ -269,12 +268,26 @@ def rewrite(place: Path, state: dict[str, Tensor]) -> None:
     (place / MANIFEST).write_bytes(serialise(asdict(Manifest(step=0, files=files))))
 
 
+def keep_head(place: Path) -> None:
+    """What imports did once: the equal head lies beside the checkpoint's weights."""
+    (kind,) = (place / "source").iterdir()
+    file = kind / hf.UNUSED
+    kept = load_file(file) if file.exists() else {}
+    head = index.read(place / "weights", "decoder.embed.weight")
+    save_file({**kept, "lm_head.weight": head}, file)
+
+
 @pytest.mark.parametrize("part", ["decoder", "all"])
 @pytest.mark.parametrize("made", [tied_llama, tied_llava])
-def test_a_redundant_head_is_not_written_back_stale(made, part, gate, tmp_path):
+@pytest.mark.parametrize("older", [False, True])
+def test_a_redundant_head_is_not_written_back_stale(older, made, part, gate, tmp_path):
     """After training the export's head is the embedding, not the head that the folder once held."""
     made(tmp_path / "hf", "equal")
     place = gate.come_in(tmp_path / "hf", to=tmp_path / "neva")
+    kept = list((place / "source").rglob(hf.UNUSED))
+    assert not any("lm_head" in name for file in kept for name in load_file(file))
+    if older:
+        keep_head(place)
     trained(place)
     out = gate.go_out(place, tmp_path / "out", part=part)
     vlm = made is tied_llava and part == "all"
@@ -283,6 +296,7 @@ def test_a_redundant_head_is_not_written_back_stale(made, part, gate, tmp_path):
     now = index.read(place / "weights", "decoder.embed.weight")
     assert torch.equal(model.get_input_embeddings().weight[:SIZE], now[:SIZE])
     assert torch.equal(model.get_output_embeddings().weight[:SIZE], now[:SIZE])
+    assert not any("lm_head" in name for name in on_disk(out))
 
 
 def test_a_head_that_an_override_would_lose_is_named(gate, tmp_path):
@@ -367,6 +381,37 @@ def test_a_tuned_encoder_in_a_llava_of_the_original_layout(prefix, vision, gate,
     assert f"{seen} gives config and processor" in gate.warnings
     alone = gate.go_out(tmp_path / "neva", tmp_path / "alone", part="vision")
     assert same_model(kind, alone, tmp_path / "tuned")
+
+
+def test_a_llava_with_its_encoder_still_needs_the_encoders_folder(gate, tmp_path):
+    """Its file holds no config of the encoder, and that is said."""
+    llava, seen = original(tmp_path)
+    add_tower(llava, tower_of(on_disk(seen), "model.vision_tower.vision_tower."))
+    with pytest.raises(ValueError, match="lacks the config of its encoder: give .* --vision"):
+        gate.come_in(llava, to=tmp_path / "neva")
+
+
+@pytest.mark.parametrize("whole_models", [True, False])
+@pytest.mark.parametrize("spoilt", ["projector.0.weight", "projector.2.bias"])
+def test_the_projector_of_the_original_layout_is_compared(
+    spoilt,
+    whole_models,
+    tmp_path,
+    monkeypatch,
+):
+    """transformers has no class for it: it is written out, linear layers with GELU between."""
+    monkeypatch.setattr(parity, "fits", lambda parameters: whole_models)
+    sources = [hf.read_source(folder) for folder in original(tmp_path)]
+    chosen = hf.plan(sources, Options())
+    right = gates.compare(chosen.sources, chosen.model, chosen.vision, chosen.read)
+    parity.check(right, "it")
+
+    def read(name: str) -> Tensor:
+        return chosen.read(name) + 0.01 * (name == spoilt)
+
+    wrong = gates.compare(chosen.sources, chosen.model, chosen.vision, read)
+    with pytest.raises(CheckpointError, match="transformers projected features differs"):
+        parity.check(wrong, "it")
 
 
 def test_half_an_encoder_in_the_file_is_refused(gate, tmp_path):
