@@ -295,6 +295,34 @@ def test_an_evaluation_says_what_was_not_asked(checkpoint: Path, tmp_path: Path)
     assert len(said) == 2 and "'long'" in said[0] and "'broken'" in said[1]
 
 
+def test_a_long_question_does_not_end_a_training(
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The evaluation of a stage says how many of its questions were not asked, and why."""
+    rows = [runs.row("long", "word " * 3000, "x"), runs.row("a", "Write the word red 1.", "red")]
+    (tmp_path / "few.json").write_text(json.dumps(rows))
+    overrides = (
+        f"data.source={data}",
+        f"data.image_folder={data.parent / 'images'}",
+        f"out={tmp_path / 'run'}",
+        f"evaluate.source={tmp_path / 'few.json'}",
+        "evaluate.every=1",
+        "steps=1",
+        "model.decoder.layers=1",
+        "model.vision.layers=2",
+        "batch.seq_length=128",
+        "log.tensorboard=false",
+        "data.system=",
+        "data.pool=32",
+    )
+    neva.train("llava-tiny/finetune", overrides)
+    assert "1 of 2 questions were not asked: sample 'long'" in capsys.readouterr().out
+    (line,) = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(line)["few"] in (0.0, 0.5)
+
+
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
 
 
