@@ -107,7 +107,8 @@ def _check_settings(source: Source) -> None:
 
     assert isinstance(source.model, VLMConfig) and source.model.vision is not None
     read = transformers.AutoConfig.from_pretrained
-    theirs: Any = read(source.folder, trust_remote_code=False)
+    with parity.loading(source.folder):
+        theirs: Any = read(source.folder, trust_remote_code=False)
     layer = theirs.vision_feature_layer
     said = {
         "vision_feature_layer": layer if isinstance(layer, list) else [layer],

@@ -278,20 +278,27 @@ def _theirs(
     import transformers
 
     made = getattr(transformers, kind)
+    with silence(), loading(folder):
+        more = {"config": _first_layers(made, folder, first)} if first else {}
+        model = made.from_pretrained(
+            folder,
+            **more,
+            dtype=cast or torch.float32,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+        )
+        return model.float().eval()
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """CheckpointError for whatever transformers raises within on files that it does not take."""
     try:
-        with silence():
-            more = {"config": _first_layers(made, folder, first)} if first else {}
-            model = made.from_pretrained(
-                folder,
-                **more,
-                dtype=cast or torch.float32,
-                attn_implementation="sdpa",
-                trust_remote_code=False,
-            )
-            return model.float().eval()
-    except Exception as error:  # it checks little itself, and raises whatever it meets
+        yield
+    except Exception as error:  # it checks little, and raises whatever it meets
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        raise CheckpointError(f"transformers cannot load {folder}, so nothing can be compared ({reason}).") from None
+        told = f"transformers cannot load {folder}, so nothing can be compared ({reason})."
+        raise CheckpointError(told) from None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from PIL import Image
 
 from neva.checkpoint.hf import around, image_settings
 from neva.checkpoint.manifest import CheckpointError
-from neva.checkpoint.parity import silence
+from neva.checkpoint.parity import loading, silence
 from neva.checkpoint.source import Source
 from neva.data.image import to_tiles
 from neva.models.vit import VisionConfig, normalise
@@ -52,7 +52,8 @@ def _compare(source: Source) -> str:
     apart = 0.0
     for size in (WIDE, HIGH, SQUARE) if alike else (SQUARE,):
         picture = _picture(size)
-        given = torch.as_tensor(theirs(picture, return_tensors="pt")["pixel_values"])
+        with loading(source.folder):
+            given = torch.as_tensor(theirs(picture, return_tensors="pt")["pixel_values"])
         given = given.reshape(-1, *given.shape[-3:])
         ours = normalise(to_tiles(picture, model.layout), model.vision.mean, model.vision.std)
         if not alike:  # a processor that gives one view of a square, the first of the views here

@@ -12,6 +12,7 @@ from PIL import Image
 
 from neva.batch import IMAGE, NEWLINE
 from neva.checkpoint.manifest import CheckpointError
+from neva.checkpoint.parity import loading
 from neva.data.encode import Encoder
 from neva.data.image import to_tiles
 from neva.data.sample import MARKER, Sample, Turn
@@ -50,7 +51,8 @@ def compare_prompts(folder: Path, encoder: Encoder, vision: VisionConfig | None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kind = transformers.AutoProcessor if images else transformers.AutoTokenizer
-        theirs: Any = kind.from_pretrained(folder, trust_remote_code=False)
+        with loading(folder):
+            theirs: Any = kind.from_pretrained(folder, trust_remote_code=False)
         if not images:
             plain = transformers.PreTrainedTokenizerFast.from_pretrained(
                 folder,
