@@ -101,7 +101,7 @@ class Draws:
             names = ", ".join(self.blend.names[source] for source in sources)
             count = sum(lengths[source] for source in sources)
             counts = f"{self.left_out['long']} too long, {self.left_out['broken']} unreadable"
-            last = f"the last was sample '{bad.id}' of '{bad.source}': {bad.message}"
+            last = f"the last was {SampleError(bad.source, bad.id, bad.message)}"
             raise ValueError(f"none of the {count} samples of {names} can be used ({counts}); {last}")
 
 

@@ -10,6 +10,7 @@ from neva.data.draw import Bad, Draws
 from neva.data.encode import Measure
 from neva.data.order import Blend, Order, Ref, permutation
 from neva.data.pack import Budget, Item, Packer
+from neva.data.sample import SampleError
 
 PROBE = 512
 """Samples that are measured for an estimate: with lengths as LLaVA's, the samples of a row are right within about 4 %."""
@@ -135,7 +136,8 @@ def volume(survey: Survey, budget: Budget, *, pool: int, seed: int, shuffle: boo
     """
     if bad := survey.barren():
         if survey.complete:
-            raise ValueError(f"no sample of '{bad.source}' can be used; the last was '{bad.id}': {bad.message}")
+            last = SampleError(bad.source, bad.id, bad.message)
+            raise ValueError(f"no sample of '{bad.source}' can be used; the last was {last}")
         return None
     rows = Packer(budget, survey.items(seed=seed, shuffle=shuffle), pool=pool).rows()
     far = FAR[survey.complete]
