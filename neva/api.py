@@ -86,14 +86,19 @@ def _recipe(
     overrides = with_epochs(overrides)
     stages = tree.override(recipes.get(name), overrides, named=NAMED)
     if name.endswith((".yaml", ".yml")) or all(stage.init == InitConfig() for stage in stages):
-        return stages
-    filled = tree.override(inits.fill(stages, place), overrides, named=NAMED)  # what was asked for comes before what init brings
+        return inits.with_own(stages, place)
+    # What was asked for comes before what init brings.
+    filled = tree.override(inits.fill(stages, place), overrides, named=NAMED)
+    filled = inits.with_own(filled, place)
     for asked, stage in zip(stages, filled, strict=True):
         image = stage.model.image
         if image.process not in ("", asked.model.image.process) and not trust_code:
             brought = f"stage {stage.name}: its init {untrusted(image)}"
             raise ValueError(f"{brought}, or leave it out with model.image.process=")
         if say is not None and (line := inits.replaced(asked, stage)):
+            say(line)
+        own = inits.own_format(stage, place) if stage.init.model else None
+        if say is not None and (line := inits.said_of_format(asked, stage, own)):
             say(line)
     return filled
 

@@ -208,7 +208,7 @@ def evaluate(checkpoint: str, as_json: bool, **options: Any) -> None:
 @click.option("--vision", metavar="SRC", help="The encoder of a composed VLM, or of a LLaVA in the original repository's layout.")
 @click.option("--projector", metavar="NAME", help="Projector of a composed VLM: linear, mlp2x_gelu (default), ...")
 @click.option("--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), help="Convert the weights; by default they stay bit for bit.")
-@click.option("--template", metavar="NAME", help="Chat format; by default LLaVA's v1 for a LLaVA, else the tokenizer's own.")
+@click.option("--template", metavar="NAME", help="Chat format; by default the folder's own, else LLaVA's v1.")
 @click.option("--seed", type=int, metavar="N", help="Seed of a new projector.")
 @click.option("--no-parity", is_flag=True, help="Publish without comparing with transformers; the checkpoint remembers it.")
 def import_(arguments: tuple[str, ...], out: str | None, decoder: str | None, vision: str | None, no_parity: bool, **options: Any) -> None:

@@ -67,7 +67,8 @@ class DataConfig:
     """A SentencePiece `.model`, a `tokenizer.json`, or a folder that holds one."""
     template: str = ""
     """Chat format: a name (`plain` is LLaVA's pretraining, `v1` Vicuna's; `neva templates` lists them), a file of Jinja, or its text;
-    empty for the tokenizer's own."""
+    empty for the tokenizer's own. `own` is that of the checkpoint that the stage starts from (`init`),
+    which a stage with `init.model` takes by itself."""
     system: str | None = None
     """System message in place of the template's own."""
     date: str = ""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from neva.checkpoint import gate, index, parity, stream
 from neva.checkpoint import hf as folders
+from neva.checkpoint.chat import chat_format
 from neva.checkpoint.foreign import is_foreign
 from neva.checkpoint.hf import Options, Plan, Source
 from neva.checkpoint.manifest import CheckpointError
@@ -14,11 +15,9 @@ from neva.checkpoint.pixels import compare_images
 from neva.checkpoint.prompts import compare_texts
 from neva.checkpoint.shards import lfs_pointer, read_json
 from neva.data.encode import check_tags
-from neva.data.templates import find_template
+from neva.data.templates import OWN, find_template
 from neva.data.tokenizer import FILES, Tokenizer, load_tokenizer
 
-VICUNA = ("llava", "llava-original")
-"""Formats whose chat format is LLaVA's `v1` where nobody says otherwise."""
 MOST_BEYOND = 64
 """Most tokens that a tokenizer may have beyond the embedding, if all of them were added to it later (CodeLlama-34b, Llama-2 with `<pad>`)."""
 NEMO = ("nemo", "nemo-neva")
@@ -45,9 +44,7 @@ def import_model(sources: Sequence[Path], out: Path, options: Options, *, check:
         for warning in chosen.warnings:
             say(f"warning: {warning}")
         tokenizer = _tokenizer(chosen, say)
-        template = _template(chosen, options, tokenizer)
-        if tokenizer is not None and tokenizer.chat_template and template and not options.template:
-            say(f"template {template}, which such models are trained with; the folder has a chat template of its own (--template takes another)")
+        template = _template(chosen, options, tokenizer, say)
         for name in chosen.new:
             say(f"new, drawn from seed {options.seed}: {name} {list(chosen.tensors[name].shape)}")
         described = folders.describe(chosen, options, template)
@@ -116,13 +113,17 @@ def _text_source(chosen: Plan) -> Source:
     return next(source for source in chosen.sources if source.kind != "vision")
 
 
-def _template(chosen: Plan, options: Options, tokenizer: Tokenizer | None) -> str:
-    """The one asked for, else LLaVA's for a LLaVA, else the tokenizer's own (empty), else for a model of text none at all."""
-    if options.template:
+def _template(
+    chosen: Plan,
+    options: Options,
+    tokenizer: Tokenizer | None,
+    say: Callable[[str], None],
+) -> str:
+    """The chat format asked for, else the model's."""
+    if options.template not in ("", OWN):
         find_template(options.template, tokenizer)
         return options.template
-    if given := next((source.template for source in chosen.sources if source.template), ""):
-        return given
-    if any(source.format in VICUNA for source in chosen.sources):
-        return "v1"
-    return "" if tokenizer is not None and tokenizer.chat_template else "v1" if chosen.vision is not None else "text"
+    found = chat_format(chosen.sources, tokenizer, images=chosen.vision is not None)
+    if found.note:
+        say(found.note)
+    return found.template

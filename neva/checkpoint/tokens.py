@@ -10,9 +10,9 @@ import tokenizers
 
 from neva.checkpoint.shards import read_json
 from neva.data.encode import Encoder
+from neva.data.forms import LISTS, Form
 from neva.data.sample import MARKER
 from neva.data.template import starts
-from neva.data.templates import find_template
 from neva.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from neva.models.hf_vlm import processor_class
 
@@ -126,20 +126,30 @@ def _start(model: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
 
 
 def _chat(encoder: Encoder, config: dict[str, Any]) -> dict[str, bytes]:
-    """The chat template that gives the prompts of `neva generate`."""
-    tokenizer, images = encoder.tokenizer, encoder.layout.images
-    chosen = find_template(encoder.template, tokenizer)
+    """The chat template that gives the prompts of `neva generate`: the model's own where it does.
+
+    `config` is tokenizer_config.json, which loses its own: another file holds it.
+    """
+    tokenizer, images, chosen = encoder.tokenizer, encoder.layout.images, encoder.chosen
+    form = chosen.form
     message = chosen.system if encoder.system is None else encoder.system
+    around = encoder.layout.image_prefix, encoder.layout.image_suffix
     config.pop("chat_template", None)
-    if not encoder.template and not images and not message:
-        return {"chat_template.jinja": tokenizer.chat_template.encode()}
+    takes = form.lists == LISTS[0] or form.either or not images  # a processor hands lists to it
+    spaced = images and tokenizer.gap and tokenizer.image_parts
+    amended = bool(message) or form.adds_end or (images and any(around)) or spaced
+    if chosen.own and takes and not amended:
+        return {"chat_template.jinja": chosen.jinja.encode()}
     text = chosen.jinja.strip("\n")
     if images:
         text = _for_processor(text, tokenizer, starts=starts(chosen))
     elif encoder.template:
         text = _for_tokenizer(text, tokenizer, starts=starts(chosen))
-    around = encoder.layout.image_prefix, encoder.layout.image_suffix
-    return {"chat_template.jinja": (_flattened(message, around, caption=chosen.caption) + text).encode()}
+    if form.lists and any(around):
+        shown = f"{{{{- drawn | replace({MARKER!r}, {''.join((around[0], MARKER, around[1]))!r}) }}}}"
+        text = "{%- set drawn %}\n" + text + "{%- endset %}\n" + shown
+    given = _flattened(message, form, around, caption=chosen.caption)
+    return {"chat_template.jinja": (given + text).encode()}
 
 
 def _for_processor(text: str, tokenizer: Tokenizer, *, starts: bool) -> str:
@@ -193,36 +203,76 @@ _CHAT = (
     "{%- endfor %}",
     "{%- if part.images == 1 %}{% set part.text = (IMAGE + '\\n' + part.text.strip()).strip() %}{% endif %}",
 )
+_TEXTS = (
+    "{%- for item in message.content if item.type == 'text' %}",
+    "{%- set part.text = part.text + item.text %}",
+    "{%- endfor %}",
+)
 _CAPTION = (
     "{%- if message.role == 'user' %}{% set part.text = IMAGE * part.images %}",
-    "{%- else %}{% for item in message.content if item.type == 'text' %}{% set part.text = part.text + item.text %}{% endfor %}{% endif %}",
+    "{%- else %}",
+    *_TEXTS,
+    "{%- endif %}",
 )
-"""The content of a turn as one text, IMAGE for what stands for one. A caption's question is its images alone."""
+_LIST = (*_TEXTS, "{%- if part.images %}{% set part.text = part.text.strip() %}{% endif %}")
+"""The content of a turn as one text, IMAGE for what stands for one. A caption's question is its
+images alone; where a template takes lists, its images stand apart."""
 
 
-def _flattened(system: str, around: tuple[str, str], *, caption: bool) -> str:
-    """Jinja that makes of transformers' messages, whose content may be a list of texts and images, what our templates take.
+def _flattened(system: str, form: Form, around: tuple[str, str], *, caption: bool) -> str:
+    """Jinja that makes of transformers' messages, a text or a list of texts and images each, what the
+    template takes: a text for those that take one, with the system message, line breaks and end
+    tokens that `neva generate` puts there and the template does not.
 
-    The image of a user's turn comes first, then a line break, as in LLaVA; several stay where they stand, a line break behind each,
-    as `neva generate` puts them.
+    In a text the image of a user's turn comes first, then a line break, as in LLaVA; several stay
+    where they stand, a line break behind each.
     """
+    image = repr(f"{around[0]}{MARKER}{around[1]}")
+    content = _LIST if form.lists else _CAPTION if caption else _CHAT
     lines = [
         "{%- set flat = namespace(messages=[]) %}",
         "{%- for message in messages %}",
-        "{%- set part = namespace(text='', images=0) %}",
+        "{%- set part = namespace(text='', images=0, list=[]) %}",
         "{%- if message.content is string %}{% set part.text = message.content %}",
         "{%- else %}",
-        "{%- for item in message.content if item.type == 'image' %}{% set part.images = part.images + 1 %}{% endfor %}",
-        *(line.replace("IMAGE", repr(f"{around[0]}{MARKER}{around[1]}")) for line in (_CAPTION if caption else _CHAT)),
+        "{%- for item in message.content if item.type == 'image' %}",
+        "{%- set part.images = part.images + 1 %}",
+        "{%- set part.list = part.list + [item] %}",
+        "{%- endfor %}",
+        *(line.replace("IMAGE", image) for line in content),
         "{%- endif %}",
-        "{%- set flat.messages = flat.messages + [{'role': message.role, 'content': part.text}] %}",
+    ]
+    if form.joint:
+        lines.append(f"{{%- if part.images and part.text %}}{{% set part.text = {form.joint!r} + part.text %}}{{% endif %}}")
+    if form.adds_end:
+        lines.append("{%- if message.role == 'assistant' %}{% set part.text = part.text + eos_token %}{% endif %}")
+    lines += [
+        "{%- set content = part.text %}",
+        *_listed(form),
+        "{%- set flat.messages = flat.messages + [{'role': message.role, 'content': content}] %}",
         "{%- endfor %}",
         "{%- set messages = flat.messages %}",
     ]
     if system:
-        first = f"[{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}]"
+        spelled = json.dumps(system, ensure_ascii=False)
+        content_of = f"[{{'type': 'text', 'text': {spelled}}}]" if "system" in form.lists else spelled
+        first = f"[{{'role': 'system', 'content': {content_of}}}]"
         lines.append(f"{{%- if messages[0].role != 'system' %}}{{% set messages = {first} + messages %}}{{% endif %}}")
     return "\n".join(lines)
+
+
+def _listed(form: Form) -> tuple[str, ...]:
+    """Lines that make a list of a turn's images and its text, where the template takes lists."""
+    if not form.lists:
+        return ()
+    return (
+        f"{{%- if message.role in {list(form.lists)} %}}",
+        "{%- set content = part.list %}",
+        "{%- if part.text or not part.images %}",
+        "{%- set content = content + [{'type': 'text', 'text': part.text}] %}",
+        "{%- endif %}",
+        "{%- endif %}",
+    )
 
 
 def _generation(

@@ -51,6 +51,8 @@ class Form:
 
     lists: tuple[str, ...] = ()
     """Roles whose content is a list of parts ({type: image|text}); that of the others is a text."""
+    either: bool = False
+    """It takes texts, and writes the same where every content is a list."""
     joint: str = ""
     """What stands between a turn's images and its text where the template itself writes nothing;
     for lists of parts."""
@@ -205,12 +207,10 @@ def _by_prefixes(draw: "partial[str]", messages: list[Message], *, prompt: bool)
 
 
 def _reach(prompt: str, whole: str) -> int | None:
-    """Where in a conversation the answer begins to which a prompt asks: at the prompt's end, but
-    for white space that they write otherwise."""
-    if whole.startswith(prompt):
-        return len(prompt)
-    asked = prompt.rstrip()
-    return len(whole) - len(whole[len(asked) :].lstrip()) if whole.startswith(asked) else None
+    """Where in a conversation the answer begins to which a prompt asks: at the prompt's end, or, where
+    white space is written otherwise there, before that."""
+    asked = prompt if whole.startswith(prompt) else prompt.rstrip()
+    return len(asked) if whole.startswith(asked) else None
 
 
 # Proofs.
@@ -260,8 +260,9 @@ def find_form(jinja: str, specials: tuple[str, ...], own: bool) -> Form:
         raise ValueError(str(max(reversed(faults), key=lambda fault: fault.stage)))
     best = min(found, key=lambda form: (bool(form.no_images), bool(form.no_system)))
     texts = replace(best, lists=(), joint="")
-    if texts in found and not best.no_images and _alike(jinja, texts, best):
-        return texts  # which keeps images where they stand among the words
+    if best.lists and texts in found and not best.no_images and _alike(jinja, texts, best):
+        # Texts keep images where they stand among the words.
+        return replace(texts, either=best.lists == LISTS[0])
     return best
 
 
@@ -408,7 +409,7 @@ def _lead(jinja: str, form: Form, turns: Sequence[Turn]) -> int:
         if turn.role != "assistant":
             continue
         asked = _plain(jinja, form, turns[:number], prompt=True)
-        begin = len(asked) if whole.startswith(asked) else whole.index(turn.text)
+        begin = _reach(asked, whole) or 0
         opened = marked[: marked.index(turn.text)].rfind(OPEN_SIGN)
         if opened >= 0:
             place = len(MARKS.sub("", marked[:opened]))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neva.data.drawing import CLOSE_SIGN, END_SIGN, IMAGE_SIGN, OPEN_SIGN, START_SIGN
-from neva.data.forms import SIGNS, Form, find_form, write
+from neva.data.forms import MARKS, SIGNS, Form, find_form, write
 from neva.data.sample import MARKER, Turn
 
 
@@ -109,6 +109,16 @@ def check(template: Template, *, images: bool = False, system: bool = False) -> 
     ):
         if fault:
             raise ValueError(fault)
+
+
+def prompts(template: Template, talks: Sequence[Sequence[Turn]], form: Form) -> list[str]:
+    """What is written, in a form that need not be proven, to ask for an answer in each conversation:
+    images and end tokens as signs, no start token at the front. ValueError where it refuses."""
+    if template.ours:
+        drawn = [_spelled(render(template, turns, answer=False)) for turns in talks]
+    else:
+        drawn = [write(template.jinja, form, turns, prompt=True) for turns in talks]
+    return [MARKS.sub("", text).lstrip(START_SIGN) for text in drawn]
 
 
 def ending(template: Template) -> str:

@@ -5,10 +5,13 @@ tokenizers, NVIDIA/Megatron-LM and nvidia/NVLM-D-72B (`nvlm-chatml*`, three that
 A test compares `plain`, `v0`, `v1` and `llama_2` with LLaVA's own token ids and labels.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 
 from neva.config import nearest
-from neva.data.template import Template
+from neva.data.forms import LISTS, Form
+from neva.data.sample import MARKER, Turn
+from neva.data.template import Template, prompts
 from neva.data.tokenizer import Tokenizer
 
 _VICUNA = (
@@ -150,8 +153,37 @@ TEMPLATES = {name: replace(template, ours=True) for name, template in TEMPLATES.
 `nvlm-pretrain` has no roles (figure 11): image, instruction, answer; the line break between the last two is ours."""
 
 
+UNPROVEN = ("plain", "v0")
+"""Formats that no proof of `forms.py` fits: captions drop the question, and LLaVA's oldest format
+learns its own header."""
+OWN = "own"
+"""The word for the model's own chat format: the checkpoint's that a stage starts from, else that of
+the tokenizer."""
+
+
+def recognise(template: Template, *names: str) -> str:
+    """Which of these formats of ours asks with the same prompts; empty if none does."""
+    return next((name for name in names if _asks_alike(TEMPLATES[name], template)), "")
+
+
+def _asks_alike(ours: Template, other: Template) -> bool:
+    """Do both write one prompt for one question, with and without images, rounds, a system message?
+
+    But for a start token at the front, which transformers' processors put there by themselves.
+    """
+    asked = Turn(role="user", text=f"{MARKER}\nWhat is  it?")
+    later = (Turn(role="assistant", text="A cat."), Turn(role="user", text="Why?"))
+    system = Turn(role="system", text="Be brief.")
+    talks = [(asked,)] if ours.caption else [(asked,), (asked, *later), (system, asked)]
+    for form in (Form(lists=LISTS[0]), Form()):
+        with suppress(ValueError):
+            if prompts(other, talks, form) == prompts(ours, talks, form):
+                return True
+    return False
+
+
 def find_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
-    """The template of a name, or of a Jinja text; for an empty name the tokenizer's own.
+    """The template of a name, or of a Jinja text; for an empty name, or `own`, the tokenizer's own.
 
     ValueError for an unknown one, and where nothing was given and the tokenizer has none.
     """
@@ -160,7 +192,7 @@ def find_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
     specials = tokenizer.specials if tokenizer is not None else ()
     if "{%" in name or "{{" in name:
         return Template(jinja=name, specials=specials)
-    if name:
+    if name not in ("", OWN):
         raise ValueError(f"no template '{name}'.{nearest(name, TEMPLATES)}")
     own = tokenizer.chat_template if tokenizer is not None else ""
     if not own:

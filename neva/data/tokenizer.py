@@ -81,7 +81,8 @@ class Tokenizer(ABC):
         """The tokenizer's own chat format as Jinja; empty if it has none."""
         if "chat_template.jinja" in self.files:
             return self.files["chat_template.jinja"].decode()
-        template = self._config.get("chat_template") or json.loads(self.files.get("chat_template.json", b"{}")).get("chat_template") or ""
+        beside = json.loads(self.files.get("chat_template.json", b"{}"))  # a processor's goes before
+        template = beside.get("chat_template") or self._config.get("chat_template") or ""
         if isinstance(template, list):  # several, by name
             template = next((t["template"] for t in template if t["name"] == "default"), "")
         return template
@@ -383,7 +384,18 @@ def _read(file: Path) -> dict[str, bytes]:
     else:
         files = from_ranks(content) if is_ranks(content) else {"tokenizer.model": content}
     beside = {name: (file.parent / name).read_bytes() for name in BESIDE if (file.parent / name).is_file()}
+    if shown := _of_processor(file.parent / "processor_config.json"):
+        beside["chat_template.jinja"] = shown.encode()
     return {**files, **beside}
+
+
+def _of_processor(file: Path) -> str:
+    """The chat template in a processor's settings, which goes before others; empty if there is none."""
+    if not file.is_file():
+        return ""
+    settings = json.loads(file.read_bytes())
+    template = settings.get("chat_template") if isinstance(settings, dict) else ""
+    return template if isinstance(template, str) else ""
 
 
 def _added(files: Mapping[str, bytes]) -> dict[int, Added]:

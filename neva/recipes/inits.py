@@ -9,10 +9,13 @@ import torch
 
 from neva import config as tree
 from neva.checkpoint import store
+from neva.checkpoint.chat import chat_format
 from neva.checkpoint.foreign import is_foreign
 from neva.checkpoint.hf import Options, Source, compose, read_source
 from neva.checkpoint.manifest import find
 from neva.checkpoint.nemo import is_nemo, read_nemo_config
+from neva.data.templates import OWN, TEMPLATES
+from neva.data.tokenizer import load_tokenizer
 from neva.job import InitConfig, TrainConfig
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
@@ -33,6 +36,8 @@ class Found:
     image: ImageConfig | None = None
     tokenizer: str = ""
     template: str = ""
+    """Its chat format: a name, a Jinja text, or empty for its tokenizer's own."""
+    system: str | None = None
 
 
 def look(path: Path, *more: Path) -> Found:
@@ -42,7 +47,11 @@ def look(path: Path, *more: Path) -> Found:
     folder = find(path)
     described: dict[str, Any] = store.load_config(folder)
     tokenizer = store.tokenizer_folder(folder)
-    text = {"tokenizer": str(tokenizer) if tokenizer.is_dir() else "", "template": described.get("template") or ""}
+    text = {
+        "tokenizer": str(tokenizer) if tokenizer.is_dir() else "",
+        "template": described.get("template") or "",
+        "system": described.get("system"),
+    }
     if "model" not in described:
         return Found(vision=tree.from_dict(VisionConfig, described["vision"]))
     model = tree.from_dict(VLMConfig, described["model"])
@@ -60,7 +69,8 @@ def _of_sources(sources: list[Source]) -> Found:
     tokenizer = str(sources[0].tokenizer) if sources[0].has_tokenizer else ""
     if sources[0].kind == "decoder":
         return Found(decoder=model.decoder, tokenizer=tokenizer, template=sources[0].template)
-    template = sources[0].template or "v1"
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    template = chat_format(sources, loaded, images=True).template
     return Found(model=model, decoder=model.decoder, vision=model.vision, image=model.image, tokenizer=tokenizer, template=template)
 
 
@@ -76,9 +86,8 @@ def fill(stages: tuple[TrainConfig, ...], place: Callable[[InitConfig], Places])
             before, asked = filled[-1], stages[number - 1].model
             brought = {f.name: getattr(before.model, f.name) for f in fields(VLMConfig)}
             kept = {name: value for name, value in brought.items() if value != getattr(asked, name)}
-            stage = replace(
-                stage, model=replace(stage.model, **kept), data=replace(stage.data, tokenizer=before.data.tokenizer or stage.data.tokenizer)
-            )
+            data = replace(stage.data, tokenizer=before.data.tokenizer or stage.data.tokenizer)
+            stage = replace(stage, model=replace(stage.model, **kept), data=data)
             filled.append(stage)
             continue
         filled.append(_filled(stage, place))
@@ -86,7 +95,8 @@ def fill(stages: tuple[TrainConfig, ...], place: Callable[[InitConfig], Places])
 
 
 def _filled(stage: TrainConfig, place: Callable[[InitConfig], Places]) -> TrainConfig:
-    model, tokenizer, template = stage.model, stage.data.tokenizer, stage.data.template
+    model, data = stage.model, stage.data
+    tokenizer, template, system = data.tokenizer, data.template, data.system
     places = place(stage.init)
     for part in ("model", "decoder", "vision"):
         if part not in places:
@@ -97,6 +107,8 @@ def _filled(stage: TrainConfig, place: Callable[[InitConfig], Places]) -> TrainC
             raise ValueError(f"stage {stage.name}: init.{part}={getattr(stage.init, part)} holds no {part if part != 'model' else 'whole model'}")
         if part == "model":
             model = found.model or model
+            if not _is_caption(template):
+                template, system = found.template, found.system
         elif part == "decoder":
             assert found.decoder is not None
             crossed = found.decoder.cross_layers and model.decoder.cross_layers  # where one has none, the recipe says which layers
@@ -105,8 +117,62 @@ def _filled(stage: TrainConfig, place: Callable[[InitConfig], Places]) -> TrainC
         else:
             assert found.vision is not None
             model = _with_vision(model, found.vision)
-        tokenizer, template = found.tokenizer or tokenizer, template or found.template
-    return replace(stage, model=model, data=replace(stage.data, tokenizer=tokenizer, template=template))
+        tokenizer = found.tokenizer or tokenizer
+        if part == "decoder" and template in ("", OWN):
+            template = found.template
+    data = replace(data, tokenizer=tokenizer, template=template, system=system)
+    return replace(stage, model=model, data=data)
+
+
+def _is_caption(template: str) -> bool:
+    """Is it a format for captions, which the stage trains on whatever the model's chat format is?"""
+    return template in TEMPLATES and TEMPLATES[template].caption
+
+
+def own_format(stage: TrainConfig, place: Callable[[InitConfig], Places]) -> str | None:
+    """The chat format of the model that a stage starts from; None where its `init` names no text."""
+    places = place(stage.init)
+    part = next((part for part in ("model", "decoder") if part in places), "")
+    return look(*places[part]).template if part else None
+
+
+def with_own(
+    stages: tuple[TrainConfig, ...],
+    place: Callable[[InitConfig], Places],
+) -> tuple[TrainConfig, ...]:
+    """The stages with the model's chat format in place of the word `own`.
+
+    A stage without `init` goes on from the model of the stage before.
+    """
+    if all(stage.data.template != OWN for stage in stages):
+        return stages
+    made: list[TrainConfig] = []
+    own = ""
+    for stage in stages:
+        found = own_format(stage, place)
+        own = own if found is None else found
+        data = replace(stage.data, template=own) if stage.data.template == OWN else stage.data
+        made.append(replace(stage, data=data))
+    return tuple(made)
+
+
+def said_of_format(asked: TrainConfig, stage: TrainConfig, own: str | None) -> str:
+    """A line where a stage's chat format is not the one of the whole model that it starts from, and
+    where it is that in place of the recipe's; empty if there is nothing to say."""
+    if not stage.init.model or own is None:
+        return ""
+    recipes, mine = asked.data.template, stage.data.template
+    if mine != own:
+        kept = f"data.template={OWN} takes that"
+        return f"Stage {stage.name} trains in the chat format {_called(mine)} and not in its model's, {_called(own)}: {kept}"
+    if recipes in (own, OWN, ""):
+        return ""
+    kept = f"say so with data.template={recipes} to keep it" if recipes in TEMPLATES else "name it with data.template to keep it"
+    return f"Stage {stage.name}: init.model brings its chat format, {_called(own)} (the recipe has {_called(recipes)}; {kept})"
+
+
+def _called(template: str) -> str:
+    return template if template in TEMPLATES else "a template of its own"
 
 
 def replaced(asked: TrainConfig, stage: TrainConfig) -> str:

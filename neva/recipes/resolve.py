@@ -9,7 +9,7 @@ from pathlib import Path
 
 from neva.config import nearest
 from neva.data.template import check
-from neva.data.templates import find_template
+from neva.data.templates import OWN, find_template
 from neva.data.tiling import all_tags
 from neva.data.tokenizer import load_tokenizer
 from neva.job import DataConfig, SourceConfig, TrainConfig
@@ -107,6 +107,8 @@ def _stage(stage: TrainConfig) -> TrainConfig:
 
 def _template(template: str) -> str:
     """A file's text in place of its name."""
+    if template == OWN:
+        return ""  # of a model whose format is its tokenizer's
     if not template.endswith((".jinja", ".j2")):
         return template
     try:
