@@ -37,7 +37,14 @@ from neva.job import NAMED, InitConfig, TrainConfig
 from neva.parallel import mesh as ranks
 from neva.recipes import inits, nemo_yaml
 from neva.recipes.nemo_yaml import Line
-from neva.recipes.resolve import make_data, resolve, say_mock, say_templates, with_epochs
+from neva.recipes.resolve import (
+    check_systems,
+    make_data,
+    resolve,
+    say_mock,
+    say_templates,
+    with_epochs,
+)
 from neva.training import loop
 from neva.training.epochs import estimate
 from neva.training.stage import check, frozen_changed, parameter_table
@@ -283,6 +290,7 @@ def train(
     say_mock(resolved, say)
     say_templates(resolved, say)
     make_data(resolved, say)
+    check_systems(resolved)
     for stage in resolved:
         inits.check_fit(stage, _readable(stage.init, say=say))
     resolved = tuple(replace(stage, init=_imported(stage.init, say)) for stage in resolved)
@@ -302,6 +310,7 @@ def dry_run(
     say_mock(resolved, say)
     say_templates(resolved, say)
     make_data(resolved, say)
+    check_systems(resolved)
     for stage in resolved:
         check(replace(stage, init=InitConfig()), world=ranks)
         inits.check_fit(stage, _texts(stage.init))

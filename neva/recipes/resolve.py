@@ -8,6 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from neva.config import nearest
+from neva.data.sample import SampleError
 from neva.data.template import check
 from neva.data.templates import OWN, find_template
 from neva.data.tiling import all_tags
@@ -15,6 +16,7 @@ from neva.data.tokenizer import load_tokenizer
 from neva.job import DataConfig, SourceConfig, TrainConfig
 from neva.recipes import digits, pages
 from neva.recipes.demo import TOKENIZER
+from neva.training.stage import make_source
 
 MAKERS: dict[str, Callable[[Path], None]] = {"digits": digits.write, "pages": pages.write}
 """`SourceConfig.make` -> the function that writes a data set into a folder."""
@@ -72,6 +74,26 @@ def say_templates(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -
     for names in lacking.values():
         where = f"the chat template of {', '.join(names)} ends no answer"
         say(f"{where}: the tokenizer's end token is put behind each and learnt; an export writes the template with it")
+
+
+def check_systems(stages: tuple[TrainConfig, ...]) -> None:
+    """ValueError naming the first sample whose system message its stage's chat template would lose.
+
+    Reads turns, of stages whose template takes none; where bad samples are left out it is for them.
+    """
+    for stage in stages:
+        tokenizer = load_tokenizer(stage.data.tokenizer)
+        fault = find_template(stage.data.template, tokenizer).form.no_system
+        if not fault or stage.data.on_error == "skip":
+            continue
+        for source in map(make_source, stage.data.blend):
+            for index in range(len(source)):
+                try:
+                    turns = source[index].turns
+                except SampleError:
+                    continue  # named when it is read for training
+                if turns and turns[0].role == "system":
+                    raise ValueError(f"stage {stage.name}: row {index} of '{source.name}': {fault}")
 
 
 def make_data(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -> None:

@@ -223,6 +223,9 @@ def test_a_dry_run_names_what_a_template_loses(tmp_path: Path) -> None:
         "template-drops-user/first.jinja": "loses the question",
         "template-no-generation-prompt/marked.jinja": "loses the generation prompt",
         "template-always-header/always2.jinja": "add_generation_prompt",
+        "system-dropped/nosystem.jinja": "row 0 of 'data': .*loses the system message",
     }.items():
+        folder = cases / Path(name).parent
+        data = [f"data.source={folder / 'data.json'}", f"data.image_folder={folder / 'images'}"]
         with pytest.raises(ValueError, match=f"stage finetune: .*{lost}"):
-            api.dry_run("llava-tiny/finetune", [*TINY, f"data.template={cases / name}", f"out={tmp_path}"])
+            api.dry_run("llava-tiny/finetune", [*TINY, *data, f"data.template={cases / name}", f"out={tmp_path}"])
