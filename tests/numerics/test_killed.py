@@ -98,6 +98,7 @@ def test_killed_import(moment: Moment, kept: int, undisturbed: Path, tmp_path: P
     assert store.verify(out).step == 0 and (out / MANIFEST).exists()
     assert weights(out) == weights(undisturbed / "whole")
     files = {path.relative_to(out) for path in out.rglob("*")}
+    assert not list(out.rglob("unit_*"))  # the notes of finished units are gone
     assert files == {path.relative_to(undisturbed / "whole") for path in (undisturbed / "whole").rglob("*")}
     untouched = [path for path, when in before.items() if (out / "weights" / path.name).stat().st_mtime_ns == when]
     assert len(untouched) == kept
