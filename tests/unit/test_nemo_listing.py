@@ -31,13 +31,15 @@ UNLISTED = {
 
 
 def headers(folder: Path, arrays: dict[str, list[int]]) -> Path:
-    """The folder without its weights, which only reading a tensor would miss."""
+    """The folder, its weights as holes: files of the right size that take no room on the disk."""
     weights = folder / "model_weights"
     for name, shape in arrays.items():
         (weights / name).mkdir(parents=True)
         header: dict[str, Any] = {"zarr_format": 2, "shape": shape, "chunks": shape, "dtype": LISTING["dtype"]}
         header |= {"compressor": None, "fill_value": None, "filters": None, "order": "C"}
         (weights / name / ".zarray").write_text(json.dumps(header))
+        with (weights / name / ".".join("0" for _ in shape)).open("wb") as file:
+            file.truncate(2 * math.prod(shape))
     for name in LISTING["objects"]:
         (weights / name).parent.mkdir(parents=True)
         (weights / name).write_bytes(b"")
@@ -81,8 +83,11 @@ def test_all_of_it_makes_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [*LISTING["arrays"], *UNLISTED])
 def test_an_array_that_is_missing_or_of_another_shape_is_named(name: str, tmp_path: Path) -> None:
     arrays = LISTING["arrays"] | UNLISTED
+    said: list[str] = []
     for number, changed in enumerate(({}, {name: [*arrays[name][:-1], 64]})):
         rest = {other: shape for other, shape in arrays.items() if other != name}
         folder = headers(tmp_path / str(number), rest | changed)
-        with pytest.raises(ValueError, match=r"decoder\.|head\."):
+        with pytest.raises(ValueError, match=r"decoder\.|head\.") as error:
             hf.plan([read_nemo(folder, tmp_path / "scratch")], Options())
+        said.append(str(error.value))
+    assert "missing" in said[0] and "is refused" not in "".join(said)
