@@ -303,6 +303,8 @@ def _values(family: Family, c: Json) -> dict[str, Any]:
     for theirs, ours in family.fields.items():
         value = c.get(theirs)
         if ours == "window":
+            if value == 0:
+                raise ValueError(f"config.json says {theirs}=0, in which no token sees any; null is no window.")
             value = value or 0
         for name in (ours,) if isinstance(ours, str) else ours:
             values[name] = WORDS.get(value, value) if isinstance(value, str) else value

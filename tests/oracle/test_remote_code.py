@@ -66,7 +66,7 @@ def test_an_encoder_of_transformers_runs_no_file_of_the_folder(tmp_path: Path) -
     """One that neva does not compute itself is built by transformers, from its config.json."""
     config = tf.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
     build(config, tmp_path / "hf")
-    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 28, "width": 28}}
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 28, "width": 28}, "do_center_crop": False}
     (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(processor))
     with_code(tmp_path / "hf", tmp_path / "canary", "config.json", MODEL)
     done = answer_yes("import", tmp_path / "hf", "--out", tmp_path / "neva")
