@@ -13,7 +13,7 @@ from neva.data.encode import Encoder
 from neva.data.forms import LISTS, Form
 from neva.data.sample import MARKER
 from neva.data.template import starts
-from neva.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from neva.data.tokenizer import IMAGE_PARTS, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from neva.models.hf_vlm import processor_class
 
 PAD = "<pad>"
@@ -95,6 +95,8 @@ def prepare_tokens(
     # One beyond the embedding, where nothing makes that larger, would end the batch with an error.
     if not config.get("pad_token") or (not images and tokenizer.pad >= rows):
         config["pad_token"] = model.id_to_token(tokenizer.pad if tokenizer.pad < rows else tokenizer.eos)
+    if images and tokenizer.image_parts and tokenizer.gap:
+        config[IMAGE_PARTS] = True
     _start(model, tokenizer)
     if model.to_str() != before:
         files["tokenizer.json"] = model.to_str(pretty=True).encode()
@@ -192,7 +194,7 @@ def _needs_gap(name: str, template: str, tokenizer: Tokenizer) -> str:
     None stands before another special token. Before a space a tokenizer.json wants none, and SentencePiece one more.
     """
     begins = [token for token in tokenizer.specials if token in template]
-    begins += [] if tokenizer.image_parts else [" "]
+    begins += [" "] if isinstance(tokenizer, JsonTokenizer) else []
     return f"not {name}.startswith({tuple(begins)!r})"
 
 

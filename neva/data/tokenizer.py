@@ -34,11 +34,12 @@ FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", *
 """What a folder is searched for, in this order: tokenizer.json also knows the tokens that were added later."""
 
 
+IMAGE_PARTS = "text_behind_image_begins"
+"""Key that an export adds to tokenizer_config.json for `Tokenizer.image_parts`: a tokenizer.json cannot say it."""
+
+
 class Tokenizer(ABC):
     """What the rest needs of a tokenizer. Holds its files' contents, so that it can be saved after they are gone, and pickled."""
-
-    image_parts = False
-    """Is the text behind an image encoded as if a new text began, as LLaVA does? Else as behind a special token."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
@@ -93,6 +94,11 @@ class Tokenizer(ABC):
         """Texts that are one token each wherever they stand."""
 
     @property
+    def image_parts(self) -> bool:
+        """Is the text behind an image encoded as if a new text began, as LLaVA does? Else as behind a special token."""
+        return self._config.get(IMAGE_PARTS) is True
+
+    @property
     @abstractmethod
     def gap(self) -> str:
         """What must stand between a special token and a text for the text to have the ids of a first one: a space or nothing."""
@@ -136,7 +142,9 @@ class SentencePieceTokenizer(Tokenizer):
     ("</s>USER" has the ids of "</s>" and " USER"), else before the first alone.
     """
 
-    image_parts = True
+    @property
+    def image_parts(self) -> bool:
+        return True
 
     @property
     def model_proto(self) -> bytes:

@@ -165,7 +165,7 @@ def theirs(folder: Path, images: int, *, batch: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["llava-1.5"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["mistral", LLAMA2])
 def test_in_train_out_and_in_again(name, layout, tmp_path):
     make, template = LAYOUTS[layout]
@@ -187,9 +187,13 @@ def test_in_train_out_and_in_again(name, layout, tmp_path):
     assert answers == theirs(tmp_path / "out", 1, batch=3) == theirs(tmp_path / "out", 1, batch=1)
     api.export_checkpoint(last, tmp_path / "decoder", options=ExportOptions(part="decoder"), say=quiet)
     assert ours(trained, 0) == theirs(tmp_path / "decoder", 0, batch=3)
-    api.import_checkpoint([tmp_path / "out"], tmp_path / "again", options=Options(template=template), say=quiet)
+    api.import_checkpoint([tmp_path / "out"], tmp_path / "again", say=quiet)
     again = load(tmp_path / "again")
     assert isinstance(again.encoder.tokenizer, JsonTokenizer)
+    for images in (0, 1):
+        for sample in samples(images):
+            prompts = [one.encoder.encode(sample, labels=False).tokens.tolist() for one in (trained, again)]
+            assert prompts[0] == prompts[1]
     assert ours(again, 0) == ours(trained, 0) and ours(again, 1) == answers
     ends = trained.stop_ids | trained.encoder.stop_ids
     assert again.stop_ids | again.encoder.stop_ids == ends
