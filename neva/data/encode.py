@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from neva.batch import IGNORE, IMAGE, IMAGE_END, IMAGE_START, NEWLINE, ImageLayout
-from neva.data.image import image_size, open_image, to_tiles
+from neva.data.image import check_shape, image_size, open_image, to_tiles
 from neva.data.sample import MARKER, Encoded, Sample, SampleError
 from neva.data.template import Piece, Template, check, ending, render
 from neva.data.templates import find_template
@@ -186,6 +186,7 @@ class Encoder:
             elif piece.what == "image":
                 span.append(Piece(text=self.layout.image_prefix))
                 size = image_size(sample.images[len(draft.images)])
+                check_shape(size, self.layout)
                 self._image(draft, span, size, tiling(size, self.layout, max_tiles=max_tiles))
                 span = [Piece(text=self.layout.image_suffix)]
             else:

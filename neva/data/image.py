@@ -76,8 +76,7 @@ def to_tiles(image: Image.Image, layout: ImageLayout, *, max_tiles: int = 0) -> 
     `process`, a function of the user's, takes the place of all. Raises ValueError for an image without a pixel, for one so elongated that
     its padded or resized form would be too large, and for tiles of that function that do not fit the layout.
     """
-    if min(image.size) < 1:
-        raise ValueError(f"an image of {image.width} x {image.height} pixels has nothing to show: leave the sample out")
+    check_shape(image.size, layout)
     if layout.process:
         return _processed(image, layout)
     if layout.aspect in ("tiles", "anyres"):
@@ -87,6 +86,22 @@ def to_tiles(image: Image.Image, layout: ImageLayout, *, max_tiles: int = 0) -> 
     if layout.aspect == "crop":
         image = _crop(image, layout)
     return _resized(image, (layout.tile, layout.tile), layout)[None].permute(0, 3, 1, 2)
+
+
+def check_shape(size: tuple[int, int], layout: ImageLayout) -> None:
+    """Raise ValueError for a (width, height) of which `to_tiles` makes no tiles."""
+    width, height = size
+    side = max(size)
+    short = min(size)
+    shown = f"an image of {width} x {height} pixels"
+    if short < 1:
+        raise ValueError(f"{shown} has nothing to show: leave the sample out")
+    if layout.process:
+        return
+    if layout.aspect == "pad" and (side**2 > 4 * MAX_PIXELS or side > short * layout.tile):
+        raise ValueError(f"{shown} is too elongated to pad to a square: make it smaller or cut it")
+    if layout.aspect == "crop" and layout.tile * _crop_length(size, layout) > MAX_PIXELS:
+        raise ValueError(f"{shown} is too elongated to crop: cut it, or use aspect 'pad'")
 
 
 def _grid(image: Image.Image, layout: ImageLayout, max_tiles: int) -> UInt8[Tensor, "n 3 p p"]:
@@ -150,7 +165,7 @@ def _opened(picture: Picture) -> Iterator[Image.Image]:
     """The picture's header read and its size checked; whatever goes wrong up to the end of the block is a ValueError."""
     try:
         if isinstance(picture, Image.Image):
-            _check_size(picture)
+            _check_header(picture)
             yield picture
             return
         if isinstance(picture, bytes) and not picture:
@@ -159,7 +174,7 @@ def _opened(picture: Picture) -> Iterator[Image.Image]:
             raise ValueError(f"the image {picture} is empty (0 bytes): download it again or leave the sample out")
         file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
         with Image.open(file, formats=_formats()) as image:
-            _check_size(image)
+            _check_header(image)
             yield image
     except ValueError:
         raise
@@ -188,7 +203,11 @@ def _called(picture: Picture) -> str:
     return f"the image {picture}" if isinstance(picture, Path) else "the image"
 
 
-def _check_size(image: Image.Image) -> None:
+def _check_header(image: Image.Image) -> None:
+    """Raise ValueError for an image that its size or its kind of pixels lets nobody decode."""
+    if image.mode == "F":
+        what = "an image of floating-point pixels has no known range"
+        raise ValueError(f"{what}: save it with 8 or 16 bits per channel")
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(
             f"an image of {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}: make it smaller or leave the sample out"
@@ -206,8 +225,6 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("an image of floating-point pixels has no known range: save it with 8 or 16 bits per channel")
     if image.mode.startswith("I"):
         # 16-bit greys; Pillow's own conversion cuts off everything above 255. 65535 / 257 = 255.
         grey = np.asarray(image).clip(0, 65535).astype(np.uint32)
@@ -228,9 +245,8 @@ def _padded(image: Image.Image, layout: ImageLayout) -> UInt8[Tensor, "p p 3"]:
     image, never lies in memory.
     """
     width, height = image.size
-    side, short, tile = max(image.size), min(image.size), layout.tile
-    if side**2 > 4 * MAX_PIXELS or side > short * tile:
-        raise ValueError(f"an image of {width} x {height} pixels is too elongated to pad to a square: make it smaller or cut it")
+    side = max(image.size)
+    tile = layout.tile
     left, top = (side - width) // 2, (side - height) // 2
     if width == height:
         return _resized(image, (tile, tile), layout)
@@ -249,10 +265,13 @@ def _padded(image: Image.Image, layout: ImageLayout) -> UInt8[Tensor, "p p 3"]:
 
 def _crop(image: Image.Image, layout: ImageLayout) -> Image.Image:
     """CLIP's: the short side resized to `tile`, the long side in proportion (rounded down), then the centre."""
-    tile, (short, long) = layout.tile, sorted(image.size)
-    length = int(tile * long / short)
-    if tile * length > MAX_PIXELS:
-        raise ValueError(f"an image of {image.width} x {image.height} pixels is too elongated to crop: cut it, or use aspect 'pad'")
+    tile = layout.tile
+    length = _crop_length(image.size, layout)
     image = image.resize((tile, length) if image.width <= image.height else (length, tile), RESAMPLE[layout.resample])
     left, top = (image.width - tile) // 2, (image.height - tile) // 2
     return image.crop((left, top, left + tile, top + tile))
+
+
+def _crop_length(size: tuple[int, int], layout: ImageLayout) -> int:
+    """The long side once the short one is a tile's."""
+    return int(layout.tile * max(size) / min(size))

@@ -153,7 +153,24 @@ class Loader:
         self._planned.popleft()
         built = self._await(plan.waits)
         self._state = plan.state
+        self._check_trained()
         return tuple(part.batch for part in built)
+
+    def _check_trained(self) -> None:
+        """Raise ValueError for a stream of which a whole pass was packed and no sample decoded."""
+        failed = Counter(source for source, _, _ in self._undecoded)
+        if not failed:
+            return
+        packed = dict(zip(self._names, self._state["trained"], strict=True))
+        for stream in self._blend.streams:
+            names = [self._names[source] for source in stream]
+            count = sum(self._lengths[source] for source in stream)
+            lost = sum(failed[name] for name in names)
+            if lost >= count and lost == sum(packed[name] for name in names):
+                last = next(one for one in reversed(self._undecoded) if one[0] in names)
+                told = SampleError(*last)
+                what = f"none of the samples of {', '.join(names)} can be decoded"
+                raise ValueError(f"{what}; the last: {told}")
 
     def _await(self, waits: list[Callable[[], "Built"]]) -> list["Built"]:
         """This rank's micro-batches. If one rank fails all raise, or the others would wait for it in the step."""
@@ -390,11 +407,17 @@ def _measure(desk: Desk, ref: Ref) -> Measure | Bad:
         return Bad("broken", error.source, error.id, error.message)
     if budget.fits(Item(ref, found.tokens, found.tiles)):
         return found
-    fewer = "set data.fewer_tiles=true, " if desk.encoder.layout.max_tiles > 1 and not desk.options.fewer_tiles else ""
-    message = (
-        f"it has {found.tokens} tokens and {found.tiles} tiles but a row holds {budget.seq_length} and {budget.max_tiles}: raise batch.seq_length "
-        f"or batch.max_tiles, {fewer}or set data.over_long to drop or truncate"
-    )
+    too_long = found.tokens > budget.seq_length
+    fixes = ["raise batch.seq_length"] if too_long else []
+    if found.tiles > budget.max_tiles:
+        fixes.append("raise batch.max_tiles")
+    if found.tiles and desk.encoder.layout.max_tiles > 1 and not desk.options.fewer_tiles:
+        fixes.append("set data.fewer_tiles=true")
+    left = "to drop or truncate" if too_long else "to drop"
+    fixes.append(f"set data.over_long {left}")
+    has = f"it has {found.tokens} tokens and {found.tiles} tiles"
+    limits = f"a row holds {budget.seq_length} and {budget.max_tiles}"
+    message = f"{has} but {limits}: {', or '.join(fixes)}"
     return Bad("long", sample.source, sample.id, message)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from neva import config as tree
+from neva.checkpoint import store
 from neva.data.loader import Loader
 from neva.data.survey import PROBE, told
 from neva.data.tokenizer import load_tokenizer
@@ -23,12 +24,14 @@ def with_steps(stages: tuple[TrainConfig, ...], *, found: Path | None, say: Call
     """The stages with the steps that their `epochs` mean. All ranks measure a share of the samples.
 
     A run that goes on from the checkpoint `found` keeps the steps that it began with, unless its
-    data or batch are others now. Raises SampleError for a sample at which training would stop.
+    data or batch are others now. Raises SampleError for a sample at which training would stop, and
+    ValueError where the stage of `found` was begun with another number of rows in a step.
     """
     begun = ranks.share(_begun(found))[0]
     resolved = []
     for stage in stages:
         if stage.epochs:
+            _check_rows(stage, found)
             counts = _what_counts(stage)
             steps = next((steps for before, steps in begun if before == counts), 0)
             stage = replace(stage, steps=steps) if steps else _measured(stage, say)
@@ -46,6 +49,20 @@ def estimate(stage: TrainConfig, say: Callable[[str], None]) -> TrainConfig:
         volume = loader.volume(survey, steps=stage.steps, epochs=stage.epochs)
     say(f"Stage {stage.name}: {_asked(stage)}{told(volume, survey)}")
     return stage if volume is None else replace(stage, steps=volume.steps)
+
+
+def _check_rows(stage: TrainConfig, found: Path | None) -> None:
+    """Steps of another size were done: no number of steps in all comes to so many epochs."""
+    saved = store.load_config(found).get("train") or {} if found is not None else {}
+    if saved.get("name") != stage.name:
+        return
+    before = saved["batch"]["rows"]
+    if before != stage.batch.rows:
+        begun = f"stage {stage.name} was begun with batch.rows={before}"
+        rows = stage.batch.rows
+        now = f"epochs={stage.epochs:g} is no number of steps when others have {rows}"
+        fix = "put batch.rows back, or in place of epochs set steps=N, those done included"
+        raise ValueError(f"{begun}: {now}; {fix}")
 
 
 def _measured(stage: TrainConfig, say: Callable[[str], None]) -> TrainConfig:

@@ -65,7 +65,8 @@ class StepReport:
     step: int
     """Optimiser step, counted over all stages."""
     loss: float | None
-    """Mean over the step's label tokens; null where it was not finite and the step was left out."""
+    """Mean over the step's label tokens; null where there were none, or it was not finite, and the
+    step was left out."""
     losses: dict[str, float]
     """The same per kind of sample."""
     balance: float | None
@@ -89,7 +90,8 @@ class StepReport:
     epochs: dict[str, float]
     """Source -> its samples trained so far in this stage, by its length: passes over it, if none is left out."""
     skipped_samples: int
-    """Samples left out so far: unreadable or over-long."""
+    """Unreadable or over-long samples so far, counted in each epoch anew. Those met among the
+    samples that packing chooses from (`data.pool`) are counted already."""
     reduced_samples: int
     """Samples so far whose images were cut into fewer tiles to fit (`data.fewer_tiles`)."""
     skipped_steps: int
@@ -167,8 +169,8 @@ class Reporter:
         kinds = " ".join(f"{name} {value:.3f}" for name, value in sorted(r.losses.items())) if len(r.losses) > 1 else ""
         parts = [
             f"{r.stage} {r.step}/{self.last_step}",
-            f"loss {_number(r.loss)}" + (f" ({kinds})" if kinds else ""),
-            f"grad {_number(r.grad_norm)}",
+            f"loss {_number(r.loss) if r.labels else 'none'}" + (f" ({kinds})" if kinds else ""),
+            f"grad {_number(r.grad_norm) if r.labels else 'none'}",
             f"lr {r.lr:.2e}",
             f"{r.samples:,} samples",
             f"{r.tokens_per_s:,.0f} tok/s",

@@ -97,7 +97,22 @@ def test_a_resumed_run_keeps_its_steps_and_measures_nothing(data: list[str], tmp
     assert runs.learned(tmp_path / "cut") == runs.learned(tmp_path / "whole")
 
 
-def test_other_data_or_rows_are_measured_anew_on_resume(data: list[str], tmp_path: Path) -> None:
+def test_a_stage_begun_with_other_rows_refuses_epochs(data: list[str], tmp_path: Path) -> None:
+    """Its steps would train more or fewer samples than was said."""
+    loop.train(stages("llava-tiny/finetune", tmp_path, *data, "epochs=1"), say=silent)
+    lines = runs.metrics(tmp_path)
+    other = stages("llava-tiny/finetune", tmp_path, *data, "epochs=3", "batch.rows=1")
+    told = "stage finetune was begun with batch.rows=2: epochs=3 .* put batch.rows back, or"
+    with pytest.raises(ValueError, match=told):
+        loop.train(other, resume="auto", say=silent)
+    assert runs.metrics(tmp_path) == lines
+    steps = len(lines) + 2
+    given = [*data, f"steps={steps}", "batch.rows=1"]
+    loop.train(stages("llava-tiny/finetune", tmp_path, *given), resume="auto", say=silent)
+    assert len(runs.metrics(tmp_path)) == steps
+
+
+def test_other_data_is_measured_anew_on_resume(data: list[str], tmp_path: Path) -> None:
     last = loop.train(stages("llava-tiny/finetune", tmp_path, *data, "epochs=1"), say=silent)
     told: list[str] = []
     more = stages("llava-tiny/finetune", tmp_path, *data, "epochs=3")

@@ -129,6 +129,26 @@ def test_a_truncated_image_passes_its_header_and_fails_to_decode() -> None:
         Encoder(TINY, "v1", None, LAYOUT).encode(sample)
 
 
+@pytest.mark.parametrize(
+    ("mode", "size", "aspect", "message"),
+    [
+        ("RGB", (1, 200), "pad", "too elongated to pad"),
+        ("RGB", (200, 1), "pad", "too elongated to pad"),
+        ("RGB", (1, 2_000_000), "crop", "too elongated to crop"),
+        ("F", (20, 20), "square", "floating-point"),
+        ("F", (20, 20), "pad", "floating-point"),
+    ],
+)
+def test_an_images_header_is_judged_in_measure(mode: str, size: tuple, aspect: str, message: str) -> None:
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, "TIFF")
+    sample = replace(chat("<image>", "b", images=1), images=(file.getvalue(),))
+    encoder = Encoder(TINY, "v1", None, replace(LAYOUT, aspect=aspect))
+    for read in (encoder.encode, encoder.measure):
+        with pytest.raises(SampleError, match=message):
+            read(sample)
+
+
 def test_encoding_in_full() -> None:
     layout = replace(LAYOUT, start_end=True, image_prefix="<", image_suffix=">")
     encoded = Encoder(TINY, "v1", "", layout).encode(chat("<image>\nwhat", "red", images=1, kind="colours"))

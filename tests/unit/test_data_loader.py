@@ -311,7 +311,8 @@ def test_bad_samples_are_skipped_counted_and_named(tmp_path: Path) -> None:
 
 
 def test_a_sample_that_fails_to_decode_leaves_padding_in_its_place(tmp_path: Path) -> None:
-    good, bad = llava(tmp_path / "good", {}), llava(tmp_path / "bad", {0: "cut", 1: "cut", 2: "cut"}, count=3)
+    good = llava(tmp_path / "good", {})
+    bad = llava(tmp_path / "bad", dict.fromkeys(range(13), "cut"), count=13)  # a step holds 12
     with loading([good], on_error="skip") as a, loading([bad], on_error="skip") as b:
         assert all(len(batch.keys) for batch in next(a))
         step = next(b)
@@ -339,6 +340,8 @@ def test_samples_with_too_many_tiles_are_over_long() -> None:
     with loading([source], over_long="truncate") as loader:
         batches = [batch for _ in range(3) for batch in next(loader)]
         assert all(len(batch.tiles) == 0 and not batch.any_tiles for batch in batches) and loader.counts["dropped"] > 0
+        told = "tiles but a row holds 256 and 3: raise batch.max_tiles, or set data.over_long to drop"
+        assert str(loader.left_out[0]).endswith(told)
 
 
 @pytest.mark.parametrize("what", ["long", "missing"])
@@ -346,6 +349,30 @@ def test_data_of_which_nothing_can_be_used_ends_with_an_error(tmp_path: Path, wh
     source = llava(tmp_path, dict.fromkeys(range(4), what), count=4)
     with loading([source], on_error="skip") as loader, pytest.raises(ValueError, match=r"none of the 4 samples of data can be used \(.*the last was"):
         next(loader)
+
+
+def test_data_of_which_nothing_can_be_decoded_ends_with_an_error(tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    fine = MockSource(samples=30, words=(2, 12), image_size=(6, 4), name="fine")
+    broken = llava(tmp_path / "bad", dict.fromkeys(range(13), "cut"), count=13)
+    told = "none of the samples of data can be decoded; the last: sample 'n.*' of 'data'.*truncated"
+    for sources, weights in (([broken], None), ([fine, broken], (1, 1))):
+        with loading(sources, on_error="skip", weights=weights) as loader:
+            next(loader)
+            state = json.loads(json.dumps(loader.state_dict()))
+            with pytest.raises(ValueError, match=told):
+                steps(loader, 9)
+        with loading(sources, on_error="skip", weights=weights) as loader:
+            loader.load_state_dict(state)
+            with pytest.raises(ValueError, match=told):
+                steps(loader, 9)
+
+
+def test_one_sample_that_can_be_decoded_is_enough_to_go_on(tmp_path: Path) -> None:
+    broken = llava(tmp_path, dict.fromkeys(range(12), "cut"), count=13)
+    with loading([broken], on_error="skip") as loader:
+        steps(loader, 9)
+        assert loader.counts["samples"] >= 8
 
 
 def test_data_that_changes_during_the_run_is_told(tmp_path: Path) -> None:
