@@ -20,6 +20,8 @@ from neva.checkpoint.shards import read_json
 from neva.checkpoint.tokens import Tokens, imported_ends, prepare_tokens
 from neva.data.encode import Encoder
 from neva.data.sample import MARKER
+from neva.data.template import starts
+from neva.data.templates import find_template
 from neva.data.tokenizer import load_tokenizer
 from neva.models import hf, hf_config, hf_vlm
 from neva.models.vit import VisionConfig
@@ -275,7 +277,13 @@ def _text(folder: Path, described: Mapping[str, Any], model: VLMConfig, origin: 
             return Tokens(files={}, image_token=-1, pad_token=None, size=0), None
         raise ValueError(f"{folder} holds no tokenizer, which a LLaVA of transformers needs for <image>: import it with one beside its weights")
     layout = model.layout if images else ImageLayout(tile=1, tokens_per_tile=1, images=False)
-    encoder = Encoder(tokenizer=load_tokenizer(where), template=described["template"], system=described["system"], layout=layout)
+    tokenizer = load_tokenizer(where)
+    template = described["template"]
+    own = find_template(template, tokenizer)
+    if own.own and not images and model.vision is not None and not starts(own):
+        # The whole model's prompts begin with the start token, which processors put there by themselves.
+        template = own.jinja
+    encoder = Encoder(tokenizer=tokenizer, template=template, system=described["system"], layout=layout)
     tokens = prepare_tokens(
         encoder,
         origin=origin.folder,

@@ -137,7 +137,8 @@ def _chat(encoder: Encoder, config: dict[str, Any]) -> dict[str, bytes]:
     message = chosen.system if encoder.system is None else encoder.system
     around = encoder.layout.image_prefix, encoder.layout.image_suffix
     config.pop("chat_template", None)
-    takes = form.lists == LISTS[0] or form.either or not images  # a processor hands lists to it
+    # A processor hands lists to it, a tokenizer texts.
+    takes = form.either or (form.lists == LISTS[0] if images else not form.lists)
     spaced = images and tokenizer.gap and tokenizer.image_parts
     amended = bool(message) or form.adds_end or (images and any(around)) or spaced
     if chosen.own and takes and not amended:

@@ -14,6 +14,7 @@ from PIL import Image
 from neva import api
 from neva.batch import IMAGE, NEWLINE
 from neva.checkpoint.hf import Options
+from neva.checkpoint.target import ExportOptions
 from neva.data.sample import Sample, Turn
 from neva.data.templates import TEMPLATES
 from neva.infer.generate import Loaded, load
@@ -131,6 +132,28 @@ def test_a_folders_own_format(name: str, tmp_path: Path) -> None:
     assert again.encoder.stop_ids | again.stop_ids == loaded.encoder.stop_ids | loaded.stop_ids
     if mended:
         assert loaded.encoder.tokenizer.eos in ours(again, TALKS["three turns"])
+
+
+@pytest.mark.parametrize("name", ["llava-1.5", "llava-v1.6-mistral", "llama3-llava-next", "qwen2.5"])
+def test_the_decoder_of_a_model_with_its_own_format(name: str, tmp_path: Path) -> None:
+    """Questions without images have the ids that they have in the whole model: in transformers, which hands texts
+    to the decoder's template and puts no start token before what it writes, and in an import of the decoder."""
+    kinds = {**KINDS, "qwen2.5": {"place": "tokenizer_config.json"}}
+    source = folder_with(tmp_path / "hf", PUBLISHED[name], **kinds[name])
+    api.import_checkpoint([source], tmp_path / "neva")
+    loaded = load(tmp_path / "neva")
+    only = ExportOptions(part="decoder")
+    api.export_checkpoint(tmp_path / "neva", tmp_path / "text", options=only)
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "text")
+    api.import_checkpoint([tmp_path / "text"], tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert again.encoder.stop_ids | again.stop_ids == loaded.encoder.stop_ids | loaded.stop_ids
+    for talk in (((0, "user", "What is  it?"),), ((0, "user", "Hi."), (0, "assistant", "A cat."), (0, "user", "Why?"))):
+        asked = [{"role": role, "content": text} for _, role, text in talk]
+        written = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(written, add_special_tokens=False).input_ids
+        assert ids == ours(loaded, talk) == ours(again, talk)
+        assert ids[0] == loaded.encoder.tokenizer.bos
 
 
 def test_a_template_of_texts_beside_the_tokenizer(tmp_path: Path) -> None:
