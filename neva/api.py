@@ -345,6 +345,8 @@ def generate(
     Images stand where the prompt says `<image>`, else before it. `sampling` is fields of `Sampling`.
     `trust_code` lets a function run that the checkpoint names in `image.process`.
     Gives dicts {"id", "text", "finish", "tokens" (generated)}, for a file also "truth" where it holds one.
+    A question of a file that cannot be asked, such as one that is too long, has the finish "error"
+    and says why as "error"; a prompt that cannot is a ValueError.
     """
     loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, trust_code=trust_code)
     chosen = Sampling(**_sampling(sampling))
@@ -359,9 +361,16 @@ def generate(
         raise ValueError("give a prompt, or data: a LLaVA-format file")
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
-        for sample, answer in zip(part, generate_batch(loaded, part, chosen), strict=True):
-            truth = {"truth": sample.turns[-1].text} if sample.turns[-1].role == "assistant" else {}
-            yield {"id": sample.id, "text": answer.text, "finish": answer.finish, "tokens": len(answer.tokens), **truth}
+        if data is None:
+            answers = generate_batch(loaded, part, chosen)
+        else:
+            answers = evaluation.answer_in_batches(loaded, part, chosen, batch_size=batch_size)
+        for sample, answer in zip(part, answers, strict=True):
+            more = {"truth": sample.turns[-1].text} if sample.turns[-1].role == "assistant" else {}
+            if answer.error:
+                more["error"] = answer.error
+            told = {"text": answer.text, "finish": answer.finish, "tokens": len(answer.tokens)}
+            yield {"id": sample.id, **told, **more}
 
 
 def _sampling(options: dict) -> dict:

@@ -167,6 +167,8 @@ def generate(checkpoint: str, as_json: bool, **options: Any) -> None:
     for row in api.generate(checkpoint, **_given(options)):
         if as_json:
             _echo(json.dumps(row, ensure_ascii=False))
+        elif "error" in row:
+            _echo(f"Not asked: {row['error']}", err=True)
         else:
             _echo(row["text"] if options["prompt"] is not None else f"{row['id']}: {row['text']}")
 

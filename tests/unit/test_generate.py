@@ -295,6 +295,32 @@ def test_an_evaluation_says_what_was_not_asked(checkpoint: Path, tmp_path: Path)
     assert len(said) == 2 and "'long'" in said[0] and "'broken'" in said[1]
 
 
+@pytest.mark.parametrize("size", [1, 2, 16])
+def test_a_bad_question_does_not_end_a_file(checkpoint: Path, tmp_path: Path, size: int) -> None:
+    """The others are answered as without it; in place of its answer stands why."""
+    fine = [runs.row(name, f"Write the word {name}.", name) for name in ("red", "green", "blue")]
+    long = runs.row("long", "word " * 3000, "x")
+    broken = runs.row("broken", "<image>\nWhich colour?", "red", image="broken.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    limits = ("--image-folder", tmp_path, "--max-new-tokens", 5, "--batch-size", size)
+    drawn = (*limits, "--temperature", 1, "--json")
+    answered = []
+    for folder, rows in (("all", [long, *fine[:2], broken, fine[2]]), ("fine", fine)):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "asked.json"
+        file.write_text(json.dumps(rows))
+        shown = neva_cli("generate", checkpoint, "--data", file, *drawn)
+        assert shown.exit_code == 0, shown.output
+        answered.append([json.loads(line) for line in shown.output.splitlines()])
+    errors = [row for row in answered[0] if "error" in row]
+    assert [row for row in answered[0] if "error" not in row] == answered[1]
+    assert [row["id"] for row in errors] == ["long", "broken"]
+    assert all((row["text"], row["finish"]) == ("", "error") for row in errors)
+    plain = neva_cli("generate", checkpoint, "--data", tmp_path / "all" / "asked.json", *limits)
+    told = [line for line in plain.output.splitlines() if line.startswith("Not asked: sample '")]
+    assert plain.exit_code == 0 and len(told) == 2 and "positions end at" in told[0]
+
+
 def test_a_long_question_does_not_end_a_training(
     data: Path,
     tmp_path: Path,
