@@ -97,6 +97,7 @@ def _recipe(
     # What was asked for comes before what init brings.
     filled = tree.override(inits.fill(stages, place), overrides, named=NAMED)
     filled = inits.with_own(filled, place)
+    own = None
     for asked, stage in zip(stages, filled, strict=True):
         image = stage.model.image
         if image.process not in ("", asked.model.image.process) and not trust_code:
@@ -104,7 +105,8 @@ def _recipe(
             raise ValueError(f"{brought}, or leave it out with model.image.process=")
         if say is not None and (line := inits.replaced(asked, stage)):
             say(line)
-        own = inits.own_format(stage, place) if stage.init.model else None
+        if stage.init != InitConfig():  # else it goes on from the model of the stage before
+            own = inits.own_format(stage, place) if stage.init.model else None
         if say is not None and (line := inits.said_of_format(asked, stage, own)):
             say(line)
     return filled

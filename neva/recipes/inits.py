@@ -79,10 +79,21 @@ def fill(stages: tuple[TrainConfig, ...], place: Callable[[InitConfig], Places])
 
     A stage without `init` of its own goes on from the one before, and has its model. What a recipe says of the projector, of how images
     are brought to size and of which features are read stays, unless a whole model is named.
+
+    A stage that asks questions does it in the chat format of the whole model that the stages start
+    from. One that trains on captions keeps its format, and a model trained on captions alone
+    (LLaVA's first stage) brings none.
     """
     filled: list[TrainConfig] = []
+    chat: tuple[str, str | None] | None = None
     for number, stage in enumerate(stages):
-        if stage.init == InitConfig() and number:
+        follows = stage.init == InitConfig() and number
+        if not follows:
+            chat = _chat_format(place(stage.init))
+        if chat is not None and not _is_caption(stage.data.template):
+            template, system = chat
+            stage = replace(stage, data=replace(stage.data, template=template, system=system))
+        if follows:
             before, asked = filled[-1], stages[number - 1].model
             brought = {f.name: getattr(before.model, f.name) for f in fields(VLMConfig)}
             kept = {name: value for name, value in brought.items() if value != getattr(asked, name)}
@@ -96,7 +107,8 @@ def fill(stages: tuple[TrainConfig, ...], place: Callable[[InitConfig], Places])
 
 def _filled(stage: TrainConfig, place: Callable[[InitConfig], Places]) -> TrainConfig:
     model, data = stage.model, stage.data
-    tokenizer, template, system = data.tokenizer, data.template, data.system
+    tokenizer = data.tokenizer
+    template = data.template
     places = place(stage.init)
     for part in ("model", "decoder", "vision"):
         if part not in places:
@@ -107,8 +119,6 @@ def _filled(stage: TrainConfig, place: Callable[[InitConfig], Places]) -> TrainC
             raise ValueError(f"stage {stage.name}: init.{part}={getattr(stage.init, part)} holds no {part if part != 'model' else 'whole model'}")
         if part == "model":
             model = found.model or model
-            if not _is_caption(template):
-                template, system = found.template, found.system
         elif part == "decoder":
             assert found.decoder is not None
             crossed = found.decoder.cross_layers and model.decoder.cross_layers  # where one has none, the recipe says which layers
@@ -120,12 +130,20 @@ def _filled(stage: TrainConfig, place: Callable[[InitConfig], Places]) -> TrainC
         tokenizer = found.tokenizer or tokenizer
         if part == "decoder" and template in ("", OWN):
             template = found.template
-    data = replace(data, tokenizer=tokenizer, template=template, system=system)
+    data = replace(data, tokenizer=tokenizer, template=template)
     return replace(stage, model=model, data=data)
 
 
+def _chat_format(places: Places) -> tuple[str, str | None] | None:
+    """Template and system message of a whole model, None where there is none that asks questions."""
+    if "model" not in places:
+        return None
+    found = look(*places["model"])
+    return None if _is_caption(found.template) else (found.template, found.system)
+
+
 def _is_caption(template: str) -> bool:
-    """Is it a format for captions, which the stage trains on whatever the model's chat format is?"""
+    """Is it a format for captions, whose questions are images alone?"""
     return template in TEMPLATES and TEMPLATES[template].caption
 
 
@@ -159,9 +177,10 @@ def with_own(
 def said_of_format(asked: TrainConfig, stage: TrainConfig, own: str | None) -> str:
     """A line where a stage's chat format is not the one of the whole model that it starts from, and
     where it is that in place of the recipe's; empty if there is nothing to say."""
-    if not stage.init.model or own is None:
+    if own is None or _is_caption(own):
         return ""
-    recipes, mine = asked.data.template, stage.data.template
+    recipes = asked.data.template
+    mine = stage.data.template
     if mine != own:
         kept = f"data.template={OWN} takes that"
         return f"Stage {stage.name} trains in the chat format {_called(mine)} and not in its model's, {_called(own)}: {kept}"

@@ -233,10 +233,22 @@ def test_a_stage_trains_in_the_format_of_its_model(tmp_path: Path, monkeypatch: 
     assert (stage.data.template, stage.data.system) == ("chatml", "Hi.")
     del said[:]
     first, second = api.recipe("llava-tiny", [*TINY, f"pretrain:init={chatml}"], say=said.append)
-    assert (first.data.template, second.data.template) == ("plain", "v1")  # captions are the stage's own
+    # Captions are the stage's own; the stage that goes on from it asks as the model does.
+    assert (first.data.template, second.data.template) == ("plain", "chatml")
     assert any("Stage pretrain trains in the chat format plain and not in its model's, chatml" in line for line in said)
+    assert any("Stage finetune: init.model brings its chat format, chatml" in line for line in said)
     first, second = api.recipe("llava-tiny", [*TINY, f"pretrain:init={chatml}", "data.template=own"])
     assert (first.data.template, second.data.template) == ("chatml", "chatml")
+
+
+def test_a_model_of_captions_alone_brings_no_chat_format(tmp_path: Path) -> None:
+    """LLaVA's second stage, started from a run of the first, asks its questions."""
+    aligned = api.train("llava-tiny/pretrain", [*TINY, f"out={tmp_path / 'run'}"], say=lambda line: None)
+    assert yaml.safe_load((aligned / "neva.yaml").read_text())["template"] == "plain"
+    said: list[str] = []
+    (stage,) = api.recipe("llava-tiny/finetune", [*TINY, f"init={aligned}"], say=said.append)
+    assert stage.data.template == "v1"
+    assert not [line for line in said if "chat format" in line]
 
 
 def test_a_dry_run_names_what_a_template_loses(tmp_path: Path) -> None:
