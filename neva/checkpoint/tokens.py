@@ -145,7 +145,9 @@ def _chat(encoder: Encoder, config: dict[str, Any]) -> dict[str, bytes]:
         return {"chat_template.jinja": chosen.jinja.encode()}
     text = chosen.jinja.strip("\n")
     if images:
-        text = _for_processor(text, tokenizer, starts=starts(chosen))
+        # Behind a start token of its own a model's template writes no first text: it stays there.
+        begins = starts(chosen) and not (chosen.own and tokenizer.gap)
+        text = _for_processor(text, tokenizer, starts=begins)
     elif encoder.template:
         text = _for_tokenizer(text, tokenizer, starts=starts(chosen))
     if form.lists and any(around):

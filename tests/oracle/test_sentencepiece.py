@@ -360,6 +360,29 @@ def test_an_exported_llava_with_a_real_tokenizer_model(template, legacy, tmp_pat
     api.export_checkpoint(tmp_path / "neva", tmp_path / "out")  # which compares prompts with images
 
 
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'QUERY ' + m.content + ' REPLY' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+"""A chat template that writes the start token itself, as Llama-2's."""
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_an_exported_llava_whose_own_template_writes_the_start_token(legacy, tmp_path):
+    """With `legacy: false` the text behind the start token begins with no space, in transformers of the decoder as of the export."""
+    model(tmp_path / "hf", MODELS["mistral"], vocab=32768, legacy=legacy, chat_template=CHAT)
+    build(clip(), tmp_path / "clip")
+    api.import_checkpoint([tmp_path / "hf", tmp_path / "clip"], tmp_path / "neva")
+    sample = Sample(source="t", id="0", turns=(Turn(role="user", text="What?"),), images=())
+    ids = load(tmp_path / "neva").encoder.encode(sample, labels=False).tokens.tolist()
+    assert ids == Slow(MODELS["mistral"], legacy=legacy).ids("<s>QUERY What? REPLY")
+    api.export_checkpoint(tmp_path / "neva", tmp_path / "out")  # which compares prompts with images
+    processor = tf.AutoProcessor.from_pretrained(tmp_path / "out")
+    talk = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+    theirs = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert torch.tensor(theirs["input_ids"]).flatten().tolist() == ids
+
+
 @pytest.mark.parametrize("kind", ["model", "config"])
 def test_a_decoder_that_wants_no_space_before_a_text(kind, tmp_path, capsys):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
