@@ -123,7 +123,10 @@ NODES = 10**5
 
 
 def from_yaml(text: str | bytes, loader: Any = yaml.SafeLoader) -> Any:
-    """The value of a stranger's YAML. ValueError where it is none, and where a few lines unfold to more than memory holds."""
+    """The value of a stranger's YAML. Where it is none: yaml.YAMLError, which knows the line, or ValueError.
+
+    ValueError also where a few lines unfold to more than memory holds.
+    """
     if len(text) > YAML_BYTES:
         raise ValueError(f"it has {len(text):,} bytes, more than a config's {YAML_BYTES:,}")
     try:
@@ -137,6 +140,8 @@ def from_yaml(text: str | bytes, loader: Any = yaml.SafeLoader) -> Any:
             made.dispose()
     except RecursionError:
         raise ValueError("it nests too deep, or stands within itself") from None
+    except (AttributeError, LookupError, TypeError) as error:  # `!!bool maybe`, `!!timestamp soon`
+        raise ValueError(f"it holds a value that is not what its tag says ({error})") from None
 
 
 def _unfolded(node: yaml.Node | None, known: dict[int, int]) -> int:

@@ -477,7 +477,7 @@ def write_config(folder: Path, described: Mapping[str, Any]) -> None:
 
 def publish(temporary: Path, out: Path) -> Path:
     """The finished import under its name, with its manifest."""
-    names = listing(temporary).keys() - {stream.MARK}
+    names = listing(temporary).keys()
     (temporary / MANIFEST).write_bytes(serialise(asdict(Manifest(step=0, files=dict(sorted(digests(temporary, names).items()))))))
     stream.finish(temporary, out)
     return out

@@ -18,6 +18,11 @@ FORMAT = 1
 """Version of the folder's layout. A reader refuses any other."""
 
 MANIFEST = "manifest.json"
+MARK = ".neva-staging"
+"""File by which neva knows a folder that it is making: no other is gone on with, or removed.
+
+It goes last, when the folder has its name: a kill just before leaves it in a folder that is whole.
+"""
 STEP = re.compile(r"step_(\d+)")
 
 
@@ -89,13 +94,16 @@ def step_of(folder: Path) -> int:
 
 
 def listing(folder: Path) -> dict[str, int]:
-    """Size of each file below a checkpoint's folder, the manifest left out. A link is refused: what it names can change."""
+    """Size of each file below a checkpoint's folder, without its manifest and a mark of its making.
+
+    A link is refused: what it names can change.
+    """
     sizes = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
             raise CheckpointError(f"{path} is a link or no plain file; a checkpoint holds copies. Put the file's content there.")
-        if path.is_file() and name != MANIFEST:
+        if path.is_file() and name not in (MANIFEST, MARK):
             sizes[name] = path.stat().st_size
     return sizes
 

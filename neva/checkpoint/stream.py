@@ -19,14 +19,10 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from neva.checkpoint.manifest import sync
+from neva.checkpoint.manifest import MARK, sync
 
 UNIT = 2**30
 """Bytes of a unit; a larger tensor is one by itself."""
-
-
-MARK = ".neva-staging"
-"""File by which neva knows a folder that it made itself: no other is gone on with, or removed."""
 
 
 def staging(out: Path, ending: str = ".tmp") -> Path:
@@ -79,8 +75,9 @@ def finish(folder: Path, out: Path) -> None:
     """Make a folder of `begin`'s durable, and give it the name `out`."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
-    (folder / MARK).unlink()
-    folder.rename(out)
+    folder.rename(out)  # marked: after a kill here, the same command still knows the folder as its own
+    (out / MARK).unlink()
+    sync(out)
     sync(out.parent)
 
 

@@ -1,16 +1,22 @@
 """Stages that start from what a user has: Hugging Face folders as they are, parts of their own, and the way back after training."""
 
 import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+import yaml
+from click.testing import CliRunner
 
 from neva import api
+from neva import config as tree
 from neva.checkpoint import index
 from neva.checkpoint.nemo import is_neva
+from neva.cli import main
+from neva.job import TrainConfig
 from neva.recipes.demo import TOKENIZER
 from tests.families import build, clip, llama, on_disk, pair
 from tests.families import llava as vlm
@@ -83,7 +89,12 @@ def test_an_encoder_of_transformers_is_trained_with(frozen, precision, tmp_path)
     """DINOv2, run by transformers' code, in the loop: sharded, in either precision, frozen or trained, and saved."""
     config = tf.Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2)
     build(config, tmp_path / "seen")
-    settings = {"size": {"height": 28, "width": 28}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    settings = {
+        "size": {"height": 28, "width": 28},
+        "do_center_crop": False,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     (tmp_path / "seen" / "preprocessor_config.json").write_text(json.dumps(settings))
     asked = [*TINY, f"precision={precision}", f"init.vision={tmp_path / 'seen'}", f"out={tmp_path / 'run'}"]
     asked += ["model.decoder.layers=1", f"trainable=[projector.*{'' if frozen else ', vision.*'}]", "data.sources.0.mock.text_only_every=3"]
@@ -106,6 +117,38 @@ def test_a_nemo_decoder_is_trained_on(tmp_path):
     assert stage.model.decoder == replace(both.ours.config.decoder, head_width=None)  # which is what it would be anyway
     place = next((tmp_path / "cache" / "imports").glob("model.nemo-*/manifest.json")).parent
     assert torch.equal(index.read(place / "weights", "decoder.embed.weight"), both.ours.decoder.embed.weight)
+
+
+def test_show_reads_no_weights_of_a_nemo_decoder(tmp_path):
+    """`neva show` takes the config of an archive whose weights are gone, and imports nothing.
+
+    Its output is YAML alone, which trains as it stands.
+    """
+    both = pair(llama(vocab_size=390, max_position_embeddings=512), tmp_path / "hf")
+    config = both.ours.config.decoder
+    whole = write(tmp_path / "whole.nemo", dict(both.ours.named_parameters()), config, core=True)
+    hollow = tmp_path / "hollow.nemo"
+    with tarfile.open(whole) as archive, tarfile.open(hollow, "w") as emptied:
+        for member in archive:
+            if member.isfile() and not member.name.endswith((".ckpt", ".pt")):
+                emptied.addfile(member, archive.extractfile(member))
+    assert hollow.stat().st_size < whole.stat().st_size / 2
+    asked = [*TINY, f"data.tokenizer={TOKENIZER}", f"model.decoder.vocab={config.vocab}"]
+    for path in (whole, hollow):
+        command = ["show", "llava-tiny/pretrain", *asked, f"init.decoder={path}"]
+        done = CliRunner().invoke(main, command, catch_exceptions=False)
+        assert (done.exit_code, done.stderr) == (0, "")
+        (tmp_path / "shown.yaml").write_text(done.stdout)
+        (shown,) = yaml.safe_load(done.stdout)
+        assert shown["init"]["decoder"] == str(path)
+        assert shown["model"]["decoder"]["width"] == config.width
+        (stage,) = tree.load(tmp_path / "shown.yaml", TrainConfig)
+        assert stage.model.decoder == replace(config, head_width=None)
+        files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+        assert {file.suffix for file in files} <= {".yaml", ".model", ".json"}
+        assert not (tmp_path / "cache" / "imports").exists()
+    with pytest.raises(ValueError, match="holds no weights"):
+        api.import_checkpoint([hollow], tmp_path / "out", say=lambda text: None)
 
 
 def llava_without_encoder(folder: Path) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import torch
 from neva import api
 from neva.checkpoint import store, stream
 from neva.checkpoint.hf import Options
-from neva.checkpoint.manifest import MANIFEST
+from neva.checkpoint.manifest import MANIFEST, MARK
 from neva.checkpoint.target import ExportOptions
 from tests.families import build, llama, on_disk
 from tests.killing import Moment, run
@@ -70,6 +70,7 @@ IMPORT_MOMENTS = [
     (Moment(function="neva.checkpoint.gate:compare", when="after"), UNITS),
     (Moment(function="neva.checkpoint.hf:publish", when="before"), UNITS),
     (Moment(function="neva.checkpoint.hf:listing", when="after"), UNITS),  # begins to be published
+    (Moment(function="pathlib:Path.rename", call=2, when="before"), UNITS),  # lacks only its name
 ]
 
 
@@ -104,19 +105,17 @@ def test_killed_import(moment: Moment, kept: int, undisturbed: Path, tmp_path: P
     assert len(untouched) == kept
 
 
-def test_killed_between_the_mark_and_the_name(undisturbed: Path, tmp_path: Path) -> None:
-    """In the instant between the removal of neva's own mark and the rename, the folder is whole.
-
-    It could be the user's by then: the same command does not touch it, and a rename makes it the checkpoint.
-    """
+def test_killed_between_the_name_and_the_mark(undisturbed: Path, tmp_path: Path) -> None:
+    """The folder has its name and is whole, though the mark of its making is still in it."""
     hf, out = undisturbed / "hf", tmp_path / "neva"
-    moment = Moment(function="pathlib:Path.rename", call=2, when="before")
+    moment = Moment(function="pathlib:Path.rename", call=2, when="after")
     assert run(imported, hf, out, notes=tmp_path / "notes", moment=moment).code == -signal.SIGKILL
-    left = staged(tmp_path)
-    assert not out.exists()
-    assert run(imported, hf, out, notes=tmp_path / "notes").code == 1
-    left.rename(out)
+    assert (out / MARK).is_file()
     assert store.verify(out).step == 0 and weights(out) == weights(undisturbed / "whole")
+    moment = Moment(function="pathlib:Path.rename", when="after")
+    ended = run(exported, out, tmp_path / "out", notes=tmp_path / "notes", moment=moment)
+    assert ended.code == -signal.SIGKILL
+    assert same_bits(on_disk(tmp_path / "out"), on_disk(hf))
 
 
 def test_leftovers_of_another_model_are_not_taken(undisturbed: Path, tmp_path: Path) -> None:
@@ -137,6 +136,7 @@ EXPORT_MOMENTS = [
     (Moment(function=SHARD, call=3, when="after"), 2),
     (Moment(function="pathlib:Path.replace", call=4, when="after"), 4),
     (Moment(function="neva.checkpoint.export:compare_prompts", when="after"), FILES),
+    (Moment(function="pathlib:Path.rename", when="before"), FILES),  # lacks only its name
 ]
 
 
