@@ -9,12 +9,14 @@ Each function of `CORPUS` gets a folder to write to and gives the command. Whate
 import gzip
 import io
 import json
+import os
 import pickle
 import re
 import shutil
 import struct
 import sys
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from neva import api
@@ -601,6 +604,144 @@ def commands_in_an_id(at: Place) -> Case:
     return Case(command=at.train(), says=("\\u001b]0;owned",))
 
 
+# Weights, tokenizers and templates that are more than they seem.
+
+
+def stack_without_end(at: Place) -> Case:
+    """A stack of 10^15 layers without a number in them."""
+    folder = at.copy("zarr")
+    place = folder / "model_weights" / "model.decoder.layers.mlp.linear_fc2.weight" / ".zarray"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "shape": [10**15, 0, 0]}))
+    return Case(command=at.take(folder), says=("no stack",))
+
+
+def stack_without_end_in_dcp(at: Place) -> Case:
+    """The same in an index of DCP."""
+    folder = at.copy("torch_dist")
+
+    def change(index: Any) -> None:
+        name = next(name for name in index.state_dict_metadata if "linear_fc2" in name)
+        index.state_dict_metadata[name].size = torch.Size([10**15, 0, 0])
+
+    change_index(folder / "model_weights", change)
+    return Case(command=at.take(folder), says=("no stack",))
+
+
+def _torch_weights(at: Place, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    folder = at.copy("decoder")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    change(tensors)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
+def numbers_read_again(at: Place) -> Case:
+    """Four bytes that are read as every number of a matrix of 800 MB."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if "gate_proj" in name or "up_proj" in name:
+                tensors[name] = torch.zeros(1).as_strided((2**22, tensor.shape[1]), (0, 0))
+            if "down_proj" in name:
+                tensors[name] = torch.zeros(1).as_strided((tensor.shape[0], 2**22), (0, 0))
+
+    folder = change_config(_torch_weights(at, change), intermediate_size=2**22)
+    return Case(command=at.take(folder, "--no-parity"), says=("pytorch_model.bin", "does not hold"))
+
+
+def weights_without_data(at: Place) -> Case:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.to("meta") for name, tensor in tensors.items()})
+
+    return Case(command=at.take(_torch_weights(at, change)), says=("no plain tensor",))
+
+
+def packed_weights(at: Place) -> Case:
+    """A torch file whose records are compressed, as 200 MB of zeros in 200 KB."""
+    folder = _torch_weights(at, lambda tensors: None)
+    plain = folder / "plain.bin"
+    (folder / "pytorch_model.bin").rename(plain)
+    target = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(plain) as read, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as made:
+        for name in read.namelist():
+            made.writestr(name, read.read(name))
+        made.writestr("archive/data/zeros", bytes(200 * 10**6))
+    plain.unlink()
+    return Case(command=at.take(folder), says=("pytorch_model.bin", "compressed"))
+
+
+def _tokenizer(at: Place, part: str, steps: str) -> Case:
+    """A letter becomes 10^12."""
+    folder = at.copy("decoder")
+    path = folder / "tokenizer.json"
+    longer = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
+    step = {"type": "Sequence", steps: [longer] * 6}
+    path.write_text(json.dumps({**json.loads(path.read_text()), part: step}))
+    return Case(command=at.take(folder), says=("replacements", part))
+
+
+def text_that_grows(at: Place) -> Case:
+    return _tokenizer(at, "normalizer", "normalizers")
+
+
+def answer_that_grows(at: Place) -> Case:
+    return _tokenizer(at, "decoder", "decoders")
+
+
+def pattern_without_end(at: Place) -> Case:
+    """A pattern that tries more ways than there are."""
+    folder = at.copy("decoder")
+    path = folder / "tokenizer.json"
+    pattern = {"Regex": "(.*.*.*.*.*.*.*.*)*[^\\s\\S]"}
+    step = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pre_tokenizer": step}))
+    return Case(command=at.take(folder), says=("tokenizer",))
+
+
+def template_without_end(at: Place) -> Case:
+    """Loops in loops, which write nothing."""
+    folder = at.copy("checkpoint")
+    path = folder / "neva.yaml"
+    loop = "{% for i in range(100000) %}"
+    end = "{% endfor %}"
+    described = {**yaml.safe_load(path.read_text()), "template": loop * 3 + end * 3}
+    path.write_text(yaml.safe_dump(described))
+    return Case(command=at.ask(reseal(folder)), says=("chat template",))
+
+
+def template_is_a_number(at: Place) -> Case:
+    folder = at.copy("decoder")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": 7}))
+    return Case(command=at.take(folder), says=("chat_template", "no text"))
+
+
+def config_leads_to_itself(at: Place) -> Case:
+    folder = at.copy("decoder")
+    (folder / "chat_template.jinja").symlink_to("chat_template.jinja")
+    return Case(command=at.take(folder), says=("chat_template.jinja", "link"))
+
+
+def image_leads_to_itself(at: Place) -> Case:
+    (at.theirs / "a.png").symlink_to("a.png")
+    at.rows(row())
+    return Case(command=at.train(), says=("a.png",))
+
+
+def image_is_a_pipe(at: Place) -> Case:
+    """Who opens it waits for somebody who writes."""
+    os.mkfifo(at.theirs / "a.png")
+    at.rows(row())
+    return Case(command=at.train(), says=("a.png", "a pipe"))
+
+
+def deep_kind(at: Place) -> Case:
+    """JSON that is read, but nests too deep to be shown."""
+    at.rows(json.dumps(row(kind=7)).replace("7", "[" * 490 + "]" * 490))
+    return Case(command=at.train(), says=("kind",))
+
+
 CORPUS: tuple[Callable[[Place], Case], ...] = (
     pickled_weights, pickled_weights_of_old, pickled_nemo, index_that_runs, index_record_that_runs,
     function_in_generate, function_in_training, function_in_inspect, object_in_yaml,
@@ -614,6 +755,9 @@ CORPUS: tuple[Callable[[Place], Case], ...] = (
     deep_row, deep_config, deep_tokenizer, long_image, huge_image, layers_without_end,
     vocabulary_without_end, layers_of_a_checkpoint, index_of_an_exabyte, zarr_of_an_exabyte,
     header_of_an_exabyte, manifest_of_nothing, commands_in_an_id,
+    stack_without_end, stack_without_end_in_dcp, numbers_read_again, weights_without_data, packed_weights,
+    text_that_grows, answer_that_grows, pattern_without_end, template_without_end, template_is_a_number,
+    config_leads_to_itself, image_leads_to_itself, image_is_a_pipe, deep_kind,
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What lies at a path, by its looks: a model to import, or something that is only taken for one, and then what to do with it."""
 
+import os
 from pathlib import Path
 
 from neva.checkpoint.manifest import MANIFEST, CheckpointError, few, published
@@ -24,7 +25,10 @@ READ = (
 
 def leads_outside(file: Path) -> bool:
     """Is it a link out of its folder? A Hub cache's links into its own blobs/ are none."""
-    real, folder = file.resolve(), file.parent.resolve()
+    try:
+        real, folder = file.resolve(), file.parent.resolve()
+    except RuntimeError:  # before Python 3.13: a link that leads to itself
+        return True
     cache = next((path.parent for path in folder.parents if path.name == "snapshots"), None)
     own = real.is_relative_to(folder)
     return not (own or (cache is not None and real.is_relative_to(cache / "blobs")))
@@ -34,9 +38,8 @@ def check_links(*files: Path) -> None:
     """CheckpointError for a text that is a link out of its folder: it would be copied and passed on."""
     for file in files:
         if file.is_symlink() and leads_outside(file):
-            raise CheckpointError(
-                f"{file} is a link that leads out of its folder, to {file.resolve()}: if it is meant, put a copy of the file in its place (cp -L)."
-            )
+            leads = f"{file} is a link that leads out of its folder, to {os.path.realpath(file)}"
+            raise CheckpointError(f"{leads}: if it is meant, put a copy of the file in its place (cp -L).")
 
 
 def check_folder(folder: Path) -> None:

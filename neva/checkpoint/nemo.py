@@ -37,6 +37,7 @@ from neva.checkpoint.shards import Entry, Shards, load_torch, read_json
 from neva.checkpoint.source import Kind, Source
 from neva.config import YAML_BYTES, from_yaml
 from neva.data.tokenizer import BESIDE, FILES, load_tokenizer
+from neva.models.decoder import LIMITS as DECODER_LIMITS
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
 from neva.models.vlm import VLMConfig
@@ -354,6 +355,10 @@ def _unstacked(stored: dict[str, Stored]) -> dict[str, Stored]:
         if not match:
             apart[name] = one
             continue
+        most = DECODER_LIMITS["layers"][1]
+        if not one.shape or one.shape[0] > most:
+            shape = list(one.shape)
+            raise CheckpointError(f"{one.file}: {name!r} {shape} is no stack of 0 to {most} layers.")
         for number in range(one.shape[0]):
             read = lambda one=one, number=number: one.read()[number]  # noqa: E731
             apart[f"{match[1]}.{number}.{match[2]}"] = replace(one, shape=one.shape[1:], read=read)

@@ -6,6 +6,7 @@ Nothing in a folder is executed: torch files are unpickled with tensors and plai
 import math
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +165,7 @@ def lfs_pointer(path: Path) -> str:
 def load_torch(path: Path) -> dict[str, Tensor]:
     """The tensors of a torch file, mapped from disk where its format allows. CheckpointError for anything but tensors in plain containers."""
     with _named(path), warnings.catch_warnings():
+        _check_packed(path)
         warnings.simplefilter("ignore")  # of odd pickles, which are read or refused
         try:
             loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -175,7 +177,33 @@ def load_torch(path: Path) -> dict[str, Tensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise CheckpointError(f"{path} does not hold a dict of tensors.")
+    _check_held(path, loaded)
     return loaded
+
+
+def _check_packed(path: Path) -> None:
+    """CheckpointError for a torch file with compressed records: torch writes none, and they may unpack to any size."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
+            raise CheckpointError(f"{path} is refused: its records are compressed, which torch writes none of.")
+
+
+SHARED = 4
+"""How many times the bytes of a torch file its tensors may have together: some, as tied ones, share theirs."""
+
+
+def _check_held(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """CheckpointError for tensors that a torch file does not hold: a few bytes, read again and again, would fill any memory and disk."""
+    total = 0
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise CheckpointError(f"{path}: {name!r} is no plain tensor with data (it is sparse, quantized or on the meta device).")
+        size = tensor.numel() * tensor.element_size()
+        total += size
+        if size > tensor.untyped_storage().nbytes() or total > SHARED * path.stat().st_size:
+            raise CheckpointError(f"{path} is refused: {name!r} has {size:,} bytes, of which the file does not hold as many.")
 
 
 def _indexed(index: Path) -> dict[str, Entry]:

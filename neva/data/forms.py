@@ -18,6 +18,7 @@ from neva.data.drawing import (
     IMAGE_SIGN,
     OPEN_SIGN,
     SPLIT_SIGN,
+    Endless,
     Message,
     compiled,
 )
@@ -303,6 +304,8 @@ def _plain(jinja: str, form: Form, turns: Sequence[Turn], *, prompt: bool = Fals
     """What the template writes, without marks."""
     try:
         return MARKS.sub("", _draw(jinja, form, "", _messages(form, turns), prompt))
+    except Endless:
+        raise
     except ValueError as error:
         raise Lost(0, str(error)) from None
 

@@ -172,6 +172,8 @@ def _opened(picture: Picture) -> Iterator[Image.Image]:
             raise ValueError("the image is empty (0 bytes): download it again or leave the sample out")
         if isinstance(picture, Path) and picture.is_file() and picture.stat().st_size == 0:
             raise ValueError(f"the image {picture} is empty (0 bytes): download it again or leave the sample out")
+        if isinstance(picture, Path) and picture.exists() and not picture.is_file():
+            raise ValueError(f"{picture} is no image but a folder, a pipe or a device: leave the sample out")
         file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
         with Image.open(file, formats=_formats()) as image:
             _check_header(image)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -64,14 +65,15 @@ class LlavaSource:
         if not 0 <= index < len(self):
             raise IndexError(f"no sample {index} in '{self.name}', which has {len(self)}")
         row = self._read(index)
-        id = str(index) if row.get("id") is None else str(row["id"])
+        given = row.get("id")
+        id = str(index) if given is None or isinstance(given, list | dict) else str(given)
         try:
             turns = _turns(row.get("conversations"))
             names = _image_names(row.get("image"))
             _check_markers(turns, len(names))
             kind = row.get("kind", "")
             if not isinstance(kind, str):
-                raise ValueError(f"'kind' is {kind!r}: write a text")
+                raise ValueError(f"'kind' is {reprlib.repr(kind)}: write a text")
             images = tuple(self._image(name) for name in names)
         except ValueError as error:
             raise SampleError(self.name, id, str(error)) from None
@@ -96,7 +98,10 @@ class LlavaSource:
             raise ValueError(f"it has the image '{name}' but the source has no image_folder: set it")
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"the image path '{name}' is absolute or holds '..': write it relative to image_folder")
-        path = (self.folder / name).resolve()
+        try:
+            path = (self.folder / name).resolve()
+        except RuntimeError:  # before Python 3.13
+            raise ValueError(f"the image path '{name}' is a link that leads to itself: put the image itself inside") from None
         if not path.is_relative_to(self.folder):
             raise ValueError(f"the image path '{name}' leads outside the image folder {self.folder}: put the image itself inside")
         return path
@@ -246,7 +251,7 @@ def _image_names(image: object) -> tuple[str, ...]:
         return ()
     names = [image] if isinstance(image, str) else image
     if not isinstance(names, list) or not all(isinstance(name, str) and name and "\0" not in name for name in names):
-        raise ValueError(f"'image' is {image!r}: write a path or a list of paths, or leave it out")
+        raise ValueError(f"'image' is {reprlib.repr(image)}: write a path or a list of paths, or leave it out")
     return tuple(names)
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from neva.config import from_json
 from neva.data.vocabularies import (
     WITHOUT_PREFIX,
     Added,
+    check_growth,
     from_gpt2,
     from_ranks,
     from_sentencepiece,
@@ -82,10 +84,15 @@ class Tokenizer(ABC):
         """The tokenizer's own chat format as Jinja; empty if it has none."""
         if "chat_template.jinja" in self.files:
             return self.files["chat_template.jinja"].decode()
-        beside = json.loads(self.files.get("chat_template.json", b"{}"))  # a processor's goes before
-        template = beside.get("chat_template") or self._config.get("chat_template") or ""
+        text = self.files.get("chat_template.json", b"{}")  # a processor's goes before
+        beside = json.loads(text)
+        own = beside.get("chat_template") if isinstance(beside, dict) else None
+        template: Any = own or self._config.get("chat_template") or ""
         if isinstance(template, list):  # several, by name
-            template = next((t["template"] for t in template if t["name"] == "default"), "")
+            named = [t for t in template if isinstance(t, Mapping) and t.get("name") == "default"]
+            template = next((t.get("template", "") for t in named), "")
+        if not isinstance(template, str):
+            raise ValueError("the tokenizer's chat_template is no text: repair tokenizer_config.json or chat_template.json")
         return template
 
     @property
@@ -305,7 +312,9 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def _model(self) -> tokenizers.Tokenizer:
-        model = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
+        text = self.files["tokenizer.json"].decode()
+        check_growth(from_json(text))
+        model = tokenizers.Tokenizer.from_str(text)
         model.no_truncation()
         model.no_padding()
         return model
@@ -322,8 +331,16 @@ class JsonTokenizer(Tokenizer):
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
         if first or not text or not self._spaced:
+            return self._ids(text)
+        return self._ids(self._spaced + text)[1:]
+
+    def _ids(self, text: str) -> list[int]:
+        try:
             return self._model.encode(text, add_special_tokens=False).ids
-        return self._model.encode(self._spaced + text, add_special_tokens=False).ids[1:]
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, for a pattern that takes too long
+                raise
+            raise ValueError(f"the tokenizer cannot split a text ({error}): use the model's own tokenizer.json") from None
 
     @cached_property
     def specials(self) -> tuple[str, ...]:

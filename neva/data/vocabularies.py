@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -52,6 +53,34 @@ def from_gpt2(vocabulary: bytes, merges: bytes) -> dict[str, bytes]:
     model = Tokenizer(models.BPE(json.loads(vocabulary), [(a, b) for a, b in (line.split(" ") for line in lines)]))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return _byte_level(model, ("<|endoftext|>",), "<|endoftext|>", None)
+
+
+MOST_GROWTH = 64
+"""How many times as long the replacements of a tokenizer.json may make a text. A space becomes three bytes."""
+
+
+def check_growth(file: Any) -> None:
+    """ValueError for a tokenizer.json whose replacements, one behind the other, would fill the memory with a text."""
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        growth = 1.0
+        waiting = [file.get(part)] if isinstance(file, dict) else []
+        while waiting:
+            step = waiting.pop()
+            if isinstance(step, list):
+                waiting += step
+            elif isinstance(step, dict):
+                waiting += [step.get(key) for key in ("normalizers", "pretokenizers", "decoders")]
+                growth *= _grows(step) if step.get("type") == "Replace" else 1
+        if growth > MOST_GROWTH:
+            raise ValueError(f"the replacements of its {part} make a text over {MOST_GROWTH} times as long")
+
+
+def _grows(step: Mapping[str, Any]) -> float:
+    """How many times as long a replacement makes a text; a pattern may stand for a single byte, or for none."""
+    pattern = step.get("pattern")
+    found = pattern.get("String") if isinstance(pattern, Mapping) else None
+    short = len(found.encode()) if isinstance(found, str) else 1
+    return max(1, len(str(step.get("content", "")).encode()) / max(1, short) + (short == 0))
 
 
 @dataclass(frozen=True, kw_only=True)

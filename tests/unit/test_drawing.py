@@ -1,0 +1,68 @@
+"""A stranger's template ends soon, whatever it computes, and fills no memory."""
+
+import resource
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from neva.data.drawing import compiled
+
+GROWS = "{% set n = namespace(a='x' * 1000) %}{% for i in range(40) %}"
+LENGTH = "{% endfor %}{{ n.a|length }}"
+HARMFUL = {
+    "loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+    "macro": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "tilde": GROWS + "{% set n.a = n.a ~ n.a %}" + LENGTH,
+    "block": GROWS + "{% set q %}{{ n.a }}{{ n.a }}{% endset %}{% set n.a = q %}" + LENGTH,
+    "join": GROWS + "{% set n.a = [n.a, n.a]|join %}" + LENGTH,
+    "product": "{% set n = namespace(a=3) %}{% for i in range(60) %}{% set n.a = n.a * n.a %}{% endfor %}",
+    "lists": "{% set n = namespace(a=[]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
+    "sum": "{{ ([['x' * 1000000] * 1000] * 1000)|sum(start=[])|length }}",
+    "center": "{{ 'x'|center(5000000000)|length }}",
+    "ljust": "{{ 'x'.ljust(5000000000)|length }}",
+    "percent": "{{ '%2000000000d'|format(1)|length }}",
+    "braces": "{{ '{:2000000000d}'.format(1)|length }}",
+    "slice": "{{ [1]|slice(1000000000)|list|length }}",
+    "batch": "{{ [1]|batch(1000000000, 'x')|list|length }}",
+    "replace": "{{ ('x' * 1000000)|replace('x', 'y' * 1000000)|length }}",
+    "lipsum": "{{ lipsum(100000, false, 10000, 20000)|length }}",
+    "indent": "{{ ('x\\ny'|indent(2000000000))|length }}",
+    "tojson": "{{ [1]|tojson(indent=2000000000)|length }}",
+    "tabs": "{{ '\\t'.expandtabs(2000000000)|length }}",
+}
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """What is allocated beyond 2 GB more than now is an error."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**31, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_it_is_refused_before_it_takes_long(name: str, little_memory: None) -> None:
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="too|beyond|undefined"):
+        compiled(HARMFUL[name])([{"role": "user", "content": "What?"}], True, "")
+    assert time.monotonic() - started < 10
+
+
+def test_long_conversations_are_drawn() -> None:
+    """Ten thousand turns, each gone through by filters, methods and macros."""
+    each = "{{ say(m.content.strip()|replace('a', 'b')) }}{{ m.role ~ ': ' }}{% if 'b' in m.content %}!{% endif %}"
+    jinja = "{% macro say(x) %}{{ x }}{% endmacro %}{% for m in messages[::1] %}" + each + "{% endfor %}{{ messages|length }}"
+    messages = [{"role": "user", "content": "ab" * 20}] * 10_000
+    drawn = compiled(jinja)(messages, True, "")
+    assert drawn == ("bb" * 20 + "user: !") * 10_000 + "10000"
+
+
+def test_a_long_message_is_drawn() -> None:
+    content = "50% of {100000} <image> " * 50_000
+    jinja = "{% for m in messages %}{{ m.content.strip().split('</think>')[-1]|replace('<image>', '')|trim }}{% endfor %}"
+    drawn = compiled(jinja)([{"role": "user", "content": content}], True, "")
+    assert drawn == content.strip().replace("<image>", "").strip()
