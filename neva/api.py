@@ -209,16 +209,22 @@ def _is_foreign(path: Path) -> bool:
 
 def _readable(init: InitConfig, *, say: Callable[[str], None]) -> dict[str, tuple[Path, ...]]:
     """Part -> folders whose configs can be read as they lie; those of a NeMo checkpoint by its import in the cache."""
-    return {part: (import_checkpoint(paths, say=say),) if any(map(is_nemo, paths)) else paths for part, paths in _places(init).items()}
+    found = _places(init)
+    for part, paths in found.items():
+        if any(map(is_nemo, paths)):
+            found[part] = (import_checkpoint(paths, say=say),)
+    return found
 
 
 def _texts(init: InitConfig) -> dict[str, tuple[Path, ...]]:
-    """As `_readable`, but nothing is imported: of a NeMo checkpoint that is not yet, its config and tokenizer are read."""
+    """As `_readable`, but nothing is imported: of a NeMo checkpoint that is not yet, its config
+    and tokenizer are read."""
     found = {}
     for part, paths in _places(init).items():
         imported = _place(paths, Options(), parity=True)
         if any(map(is_nemo, paths)):
-            paths = (imported,) if (imported / "manifest.json").exists() else tuple(map(_unpacked_texts, paths))
+            done = (imported / "manifest.json").exists()
+            paths = (imported,) if done else tuple(map(_unpacked_texts, paths))
         found[part] = paths
     return found
 
@@ -227,7 +233,8 @@ def _unpacked_texts(path: Path) -> Path:
     """A NeMo archive's config and tokenizer as a folder in the cache; any other path as it is."""
     if not (is_nemo(path) and path.is_file()):
         return path
-    stamp = hashlib.sha256(json.dumps([str(path.resolve()), *_stamps(path)]).encode()).hexdigest()[:12]
+    identity = json.dumps([str(path.resolve()), *_stamps(path)])
+    stamp = hashlib.sha256(identity.encode()).hexdigest()[:12]
     place = cache() / "texts" / f"{path.stem}-{stamp}"
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +249,12 @@ def _unpacked_texts(path: Path) -> Path:
 
 
 def export_checkpoint(
-    checkpoint: str | Path, out: str | Path, *, options: ExportOptions | None = None, parity: bool = True, say: Callable[[str], None] = tree.tell
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    options: ExportOptions | None = None,
+    parity: bool = True,
+    say: Callable[[str], None] = tree.tell,
 ) -> Path:
     """Write a checkpoint as a folder that transformers and vLLM load; gives its path. ValueError naming what that format cannot hold."""
     return export(Path(checkpoint), Path(out), options or ExportOptions(), check=parity, say=say)
@@ -350,7 +362,8 @@ def generate(
     A question of a file that cannot be asked, such as one that is too long, has the finish "error"
     and says why as "error"; a prompt that cannot is a ValueError.
     """
-    loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, trust_code=trust_code)
+    given = isinstance(checkpoint, Loaded)
+    loaded = checkpoint if given else load(checkpoint, trust_code=trust_code)
     chosen = Sampling(**_sampling(sampling))
     if data is not None:
         source = LlavaSource(data, image_folder)
@@ -395,7 +408,8 @@ def evaluate(
     asked, such as a prompt that is too long}; these count as answered wrong.
     `trust_code` lets a function run that the checkpoint names in `image.process`.
     """
-    loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, trust_code=trust_code)
+    given = isinstance(checkpoint, Loaded)
+    loaded = checkpoint if given else load(checkpoint, trust_code=trust_code)
     sampling = Sampling(max_new_tokens=max_new_tokens)
     judged = evaluation.evaluate(loaded, LlavaSource(data, image_folder), sampling=sampling, batch_size=batch_size)
     return {
@@ -431,7 +445,8 @@ def demo(overrides: Sequence[str] = (), *, say: Callable[[str], None] = tree.tel
     before = sum(line["seconds"] for line in report.metrics(run)) if (run / "metrics.jsonl").exists() else 0.0
     last = train(stages, resume="auto", say=say)
     begun = tree.load(run / "config.yaml", TrainConfig)
-    stages = tuple(replace(stage, steps=one.steps) for stage, one in zip(stages, begun, strict=True))
+    pairs = zip(stages, begun, strict=True)
+    stages = tuple(replace(stage, steps=one.steps) for stage, one in pairs)
     loaded = _load_own(stages[-1], last)
     held_out = LlavaSource(run / "data" / "heldout.json", run / "data" / "images")
     say(f"Asking {len(held_out):,} questions about held-out images, then with the images blanked")

@@ -80,7 +80,8 @@ class ImageLayout:
     resample: Resample = "bicubic"
     """Pillow's resampling filter."""
     resize: Literal["exact", "fast"] = "exact"
-    """Pillow's own resize, or torch's, which is several times as fast and within 2 levels of 255 of it.
+    """Pillow's own resize, or torch's, which is several times as fast and
+    within 2 levels of 255 of it.
 
     A few values in a thousand of a bicubic one differ more, by up to 15, at hard edges.
     """

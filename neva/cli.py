@@ -96,7 +96,8 @@ def train(
     if nproc is not None:
         from neva import launch
 
-        api.recipe(recipe, overrides, **_given(trust))  # a wrong key is said once, before any rank starts
+        # a wrong key is said once, before any rank starts
+        api.recipe(recipe, overrides, **_given(trust))
         flags = ["--traceback"] if ctx.find_root().params["traceback"] else []
         options = ["--resume", resume] if resume else []
         options += ["--trust-code"] if _given(trust) else []
@@ -210,7 +211,11 @@ def evaluate(checkpoint: str, as_json: bool, **options: Any) -> None:
 @click.option("--vision", metavar="SRC", help="The encoder of a composed VLM, or of a LLaVA in the original repository's layout.")
 @click.option("--projector", metavar="NAME", help="Projector of a composed VLM: linear, mlp2x_gelu (default), ...")
 @click.option("--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), help="Convert the weights; by default they stay bit for bit.")
-@click.option("--template", metavar="NAME", help="Chat format; by default the folder's own, else LLaVA's v1.")
+@click.option(
+    "--template",
+    metavar="NAME",
+    help="Chat format; by default the folder's own, else LLaVA's v1.",
+)
 @click.option("--seed", type=int, metavar="N", help="Seed of a new projector.")
 @click.option("--no-parity", is_flag=True, help="Publish without comparing with transformers; the checkpoint remembers it.")
 def import_(arguments: tuple[str, ...], out: str | None, decoder: str | None, vision: str | None, no_parity: bool, **options: Any) -> None:
@@ -289,7 +294,14 @@ def export(checkpoint: str, out: str, target: str, no_parity: bool, **options: A
     from neva import api
     from neva.checkpoint.target import ExportOptions
 
-    _echo(api.export_checkpoint(checkpoint, out, options=ExportOptions(**_given(options)), parity=not no_parity))
+    _echo(
+        api.export_checkpoint(
+            checkpoint,
+            out,
+            options=ExportOptions(**_given(options)),
+            parity=not no_parity,
+        )
+    )
 
 
 @main.group()
@@ -321,7 +333,8 @@ def tiles(image: str, max_tiles: int, min_tiles: int, tile: int, tags: Any, out:
         _echo(json.dumps(found))
         return
     whole = " and one of the whole" if found["tiles"] > 1 else ""
-    _echo(f"{found['columns']} x {found['rows']} tiles of {tile} x {tile} pixels{whole}: {found['tiles']} in all")
+    grid = f"{found['columns']} x {found['rows']} tiles of {tile} x {tile} pixels"
+    _echo(f"{grid}{whole}: {found['tiles']} in all")
     if picture:
         _echo(picture)
 

@@ -83,7 +83,8 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 
 def shown(text: str) -> str:
-    r"""Text that does nothing to a terminal: each character that would is spelled as in JSON, \u001b."""
+    r"""Text that does nothing to a terminal: each character that would is
+    spelled as in JSON, \u001b."""
     return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
@@ -93,9 +94,11 @@ def tell(text: str) -> None:
 
 
 def check_numbers(config: Any, limits: Limits) -> None:
-    """ValueError for a field that is no number, or outside its (least, most); None, for fields that may be, is passed over.
+    """ValueError for a field that is no number, or outside its (least, most); None, for fields
+    that may be, is passed over.
 
-    Sizes beyond all models are refused here, since what is built of them never ends or fills the memory.
+    Sizes beyond all models are refused here, since what is built of them never
+    ends or fills the memory.
     """
     for name, (least, most) in limits.items():
         value = getattr(config, name)
@@ -109,7 +112,8 @@ def check_numbers(config: Any, limits: Limits) -> None:
 
 
 def from_json(text: str | bytes) -> Any:
-    """The value of a stranger's JSON. ValueError where it is none, or nests so deep that it is an attack."""
+    """The value of a stranger's JSON. ValueError where it is none, or nests so deep
+    that it is an attack."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -123,7 +127,8 @@ NODES = 10**5
 
 
 def from_yaml(text: str | bytes, loader: Any = yaml.SafeLoader) -> Any:
-    """The value of a stranger's YAML. Where it is none: yaml.YAMLError, which knows the line, or ValueError.
+    """The value of a stranger's YAML. Where it is none: yaml.YAMLError, which knows
+    the line, or ValueError.
 
     ValueError also where a few lines unfold to more than memory holds.
     """
@@ -149,7 +154,9 @@ def _unfolded(node: yaml.Node | None, known: dict[int, int]) -> int:
     if node is None or isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in known:
-        children = [one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else node.value
+        children = node.value
+        if isinstance(node, yaml.MappingNode):
+            children = [one for pair in node.value for one in pair]
         known[id(node)] = 1 + sum(_unfolded(child, known) for child in children)
     return known[id(node)]
 

@@ -39,9 +39,10 @@ class SourceConfig:
     image_folder: str = ""
     """Folder that the samples' image paths are relative to; nothing outside it is read. `{out}` stands for the run folder."""
     weight: float | None = None
-    """Share of the trained samples that are of this source, relative to the others; a sample that is left out is replaced by the source's
-    next. Sources without a weight go through their samples at one pace, and together weigh as much
-    as they have samples: beside 1,000 of them, 1000 gives this source half, 2 next to nothing."""
+    """Share of the trained samples that are of this source, relative to the others; a sample that
+    is left out is replaced by the source's next. Sources without a weight go through their samples
+    at one pace, and together weigh as much as they have samples: beside 1,000 of them, 1000 gives
+    this source half, 2 next to nothing."""
     name: str = ""
     """Name in reports; by default the file's stem."""
     mock: MockConfig | None = None
@@ -68,18 +69,20 @@ class DataConfig:
     """A SentencePiece `.model`, a `tokenizer.json`, or a folder that holds one."""
     template: str = ""
     """Chat format: a name (`plain` is LLaVA's pretraining, `v1` Vicuna's; `neva templates` lists them), a file of Jinja, or its text;
-    empty for the tokenizer's own. `own` is that of the checkpoint that the stage starts from (`init`),
-    which a stage with `init.model` takes by itself."""
+    empty for the tokenizer's own. `own` is that of the checkpoint that the stage starts from
+    (`init`), which a stage with `init.model` takes by itself."""
     system: str | None = None
     """System message in place of the template's own."""
     date: str = ""
-    """Day that a chat template's `strftime_now` tells, as YYYY-MM-DD; empty for the day on which the run begins, which is saved."""
+    """Day that a chat template's `strftime_now` tells, as YYYY-MM-DD; empty for the day on which
+    the run begins, which is saved."""
     shuffle: bool = True
     workers: int = 2
     """Processes that measure, read and decode; 0 does it in the training process. No number changes the data order."""
     pool: int = POOL
-    """Measured samples that packing chooses from, counted from the oldest waiting one: more fill rows better, fewer let a sample wait
-    for fewer rows. Whatever it is, all samples of a source are trained equally often, give or take one, and its share is kept within a percent."""
+    """Measured samples that packing chooses from, counted from the oldest waiting one: more fill
+    rows better, fewer let a sample wait for fewer rows. Whatever it is, all samples of a source are
+    trained equally often, give or take one, and its share is kept within a percent."""
     prefetch: int = 2
     """Steps prepared ahead."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -192,11 +195,12 @@ class TrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     steps: int = 1000
-    """Optimiser steps of this stage; with `epochs` what those come to, 0 as long as it is not known."""
+    """Optimiser steps of this stage; with `epochs` what those come to, 0 as
+    long as it is not known."""
     epochs: float = 0.0
-    """In place of steps: train so many times the usable samples of all sources, rounded up to whole steps. The samples are measured when
-    the run begins; to go on it needs the same `batch.rows`. On the command line the later of
-    `steps=` and `epochs=` counts. 0 leaves it to `steps`."""
+    """In place of steps: train so many times the usable samples of all sources, rounded up to whole
+    steps. The samples are measured when the run begins; to go on it needs the same `batch.rows`. On
+    the command line the later of `steps=` and `epochs=` counts. 0 leaves it to `steps`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 where the device computes it faster, else fp32."""
     parallel: Degrees = field(default_factory=Degrees)

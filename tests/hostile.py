@@ -1,9 +1,10 @@
-"""Files that were made to harm, and the command that would fall for each: what `test_hostile.py` runs.
+"""Files that were made to harm, and the command that would fall for each:
+what `test_hostile.py` runs.
 
 `python -m tests.hostile FOLDER` writes them all, to look at or to run by hand.
 
-Each function of `CORPUS` gets a folder to write to and gives the command. Whatever would run code runs
-`canary`, which leaves a file of that name in the working folder.
+Each function of `CORPUS` gets a folder to write to and gives the command. Whatever would run code
+runs `canary`, which leaves a file of that name in the working folder.
 """
 
 import gzip
@@ -108,7 +109,8 @@ class Place:
 
 
 def make_base(folder: Path) -> Path:
-    """Sound models: a decoder, a checkpoint of a VLM, and a decoder as a NeMo archive and folder."""
+    """Sound models: a decoder, a checkpoint of a VLM, and a decoder as a NeMo archive and
+    folder."""
     text = llama(vocab_size=SIZE + 14, max_position_embeddings=512, bos_token_id=0, eos_token_id=1)
     build(text, folder / "decoder")
     add_text(folder / "decoder", image=False, pad=False)
@@ -136,7 +138,8 @@ def change_config(folder: Path, **fields: Any) -> Path:
 
 
 def reseal(folder: Path) -> Path:
-    """A checkpoint with a manifest that matches what it holds now: a manifest authenticates nobody."""
+    """A checkpoint with a manifest that matches what it holds now: a manifest
+    authenticates nobody."""
     files = digests(folder, listing(folder))
     sealed = asdict(Manifest(step=0, files=dict(sorted(files.items()))))
     (folder / MANIFEST).write_bytes(serialise(sealed))
@@ -324,7 +327,10 @@ def shards_lead_up(at: Place) -> Case:
 
 
 def member_leads_up(at: Place) -> Case:
-    path = archive(at.theirs / "model.nemo", {"../evil.txt": b"evil", "model_config.yaml": nemo_config()})
+    path = archive(
+        at.theirs / "model.nemo",
+        {"../evil.txt": b"evil", "model_config.yaml": nemo_config()},
+    )
     return Case(command=at.take(path), says=("evil.txt",))
 
 
@@ -490,7 +496,12 @@ def yaml_within_itself(at: Place) -> Case:
 
 def _converts(at: Place, text: str, *says: str, works: bool = False) -> Case:
     (at.theirs / "neva_config.yaml").write_text(text)
-    command = ("convert-config", str(at.theirs / "neva_config.yaml"), "--out", str(at.mine / "c.yaml"))
+    command = (
+        "convert-config",
+        str(at.theirs / "neva_config.yaml"),
+        "--out",
+        str(at.mine / "c.yaml"),
+    )
     return Case(command=command, says=says, works=works)
 
 

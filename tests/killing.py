@@ -1,4 +1,5 @@
-"""Work in a process of its own that kills itself (kill -9) before or after a chosen call of a chosen function.
+"""Work in a process of its own that kills itself (kill -9) before or after a chosen
+call of a chosen function.
 
 A clock would hit another moment on every machine; a call is the same moment everywhere.
 """
@@ -41,8 +42,15 @@ class Ended:
     """How often each of the counted functions was called; empty for a process that was killed."""
 
 
-def run(work: Work, *arguments: Any, notes: Path, moment: Moment | None = None, counted: Sequence[str] = ()) -> Ended:
-    """`work(*arguments)` in a new process, which is killed at `moment`; `work` is a function of a module."""
+def run(
+    work: Work,
+    *arguments: Any,
+    notes: Path,
+    moment: Moment | None = None,
+    counted: Sequence[str] = (),
+) -> Ended:
+    """`work(*arguments)` in a new process, which is killed at `moment`; `work` is a
+    function of a module."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["neva.api", "transformers"])  # imported once, then forked
     notes.unlink(missing_ok=True)
@@ -50,13 +58,26 @@ def run(work: Work, *arguments: Any, notes: Path, moment: Moment | None = None, 
     process.start()
     process.join(timeout=200)
     assert process.exitcode is not None, "the process does not end"
-    return Ended(code=process.exitcode, calls=json.loads(notes.read_text()) if notes.exists() else {})
+    return Ended(
+        code=process.exitcode,
+        calls=json.loads(notes.read_text()) if notes.exists() else {},
+    )
 
 
-def _child(work: Work, arguments: tuple[Any, ...], notes: Path, moment: Moment | None, counted: tuple[str, ...]) -> None:
+def _child(
+    work: Work,
+    arguments: tuple[Any, ...],
+    notes: Path,
+    moment: Moment | None,
+    counted: tuple[str, ...],
+) -> None:
     calls = dict.fromkeys((*counted, *([moment.function] if moment else [])), 0)
     for function in calls:
-        _count(function, calls, moment if moment is not None and moment.function == function else None)
+        _count(
+            function,
+            calls,
+            moment if moment is not None and moment.function == function else None,
+        )
     work(*arguments)
     notes.write_text(json.dumps(calls))
 

@@ -1,4 +1,5 @@
-"""Samples that are nothing but lengths, and the loader's order and packing of them without its batches."""
+"""Samples that are nothing but lengths, and the loader's order and packing of
+them without its batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,15 +52,40 @@ class LengthEncoder(Encoder):
         return Encoded.plain(tokens, labels, tiles, group="", key=(sample.source, sample.id))
 
 
-ENCODER = LengthEncoder(load_tokenizer(Path(__file__).parent / "data" / "tiny.model"), "v1", "", ImageLayout(tile=2, tokens_per_tile=3))
+ENCODER = LengthEncoder(
+    load_tokenizer(Path(__file__).parent / "data" / "tiny.model"),
+    "v1",
+    "",
+    ImageLayout(tile=2, tokens_per_tile=3),
+)
 
 
-def loader(sources: Sequence[Lengths], *, rows: int = 1, weights: Any = None, **more: Any) -> Loader:
+def loader(
+    sources: Sequence[Lengths],
+    *,
+    rows: int = 1,
+    weights: Any = None,
+    **more: Any,
+) -> Loader:
     options = LoaderOptions(**{"on_error": "skip", **more.pop("options", {})})
-    return Loader(sources, ENCODER, Budget(seq_length=2048, rows=rows), options, weights=weights, **more)
+    return Loader(
+        sources,
+        ENCODER,
+        Budget(seq_length=2048, rows=rows),
+        options,
+        weights=weights,
+        **more,
+    )
 
 
-def packer(sources: Sequence[Lengths], *, seq_length: int = 2048, weights: Any = None, pool: int = 128, seed: int = 0) -> Packer:
+def packer(
+    sources: Sequence[Lengths],
+    *,
+    seq_length: int = 2048,
+    weights: Any = None,
+    pool: int = 128,
+    seed: int = 0,
+) -> Packer:
     """The loader's order and packing, without its batches."""
     names = tuple(source.name for source in sources)
     sizes = tuple(map(len, sources))

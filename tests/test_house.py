@@ -203,7 +203,8 @@ def config_is_frozen(file: File) -> Iterator[str]:
 
 
 def asserts_something(file: File) -> Iterator[str]:
-    """A test must be able to fail: see `can_fail`. Words in comments, strings and names do not count."""
+    """A test must be able to fail: see `can_fail`. Words in comments, strings
+    and names do not count."""
     known = known_asserters(file)
     for function in file.functions:
         if function.name.startswith("test_") and not can_fail(function, known):
@@ -211,7 +212,8 @@ def asserts_something(file: File) -> Iterator[str]:
 
 
 def can_fail(function: Function, known: set[str]) -> bool:
-    """Does the function assert, or expect an error, or call or hand over one that does (`known`)?"""
+    """Does the function assert, or expect an error, or call or hand over one that does
+    (`known`)?"""
     inner = {node.name for node in own_nodes(function) if isinstance(node, Function)}
     nested = [node for node in own_nodes(function) if isinstance(node, Function)]
     known = (known - inner) | {node.name for node in nested if can_fail(node, known)}

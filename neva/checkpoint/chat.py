@@ -1,4 +1,5 @@
-"""Which chat format a foreign model has: its own template, or that which its family is trained with."""
+"""Which chat format a foreign model has: its own template, or that which its
+family is trained with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -19,7 +19,8 @@ from neva.data.templates import OWN, find_template
 from neva.data.tokenizer import FILES, Tokenizer, load_tokenizer
 
 MOST_BEYOND = 64
-"""Most tokens that a tokenizer may have beyond the embedding, if all of them were added to it later (CodeLlama-34b, Llama-2 with `<pad>`)."""
+"""Most tokens that a tokenizer may have beyond the embedding, if all of them were added to it later
+(CodeLlama-34b, Llama-2 with `<pad>`)."""
 NEMO = ("nemo", "nemo-neva")
 """Formats that transformers does not read."""
 MOST_PADDING = 2048
@@ -98,10 +99,11 @@ def _tokenizer(chosen: Plan, say: Callable[[str], None]) -> Tokenizer | None:
     vocab = chosen.model.decoder.vocab
     beyond = tokenizer.size - vocab
     if 0 < beyond <= MOST_BEYOND and tokenizer.own_size <= vocab:
-        say(
-            f"warning: {source.folder}: {beyond} of its tokenizer's added tokens have no row in the embedding ({vocab} rows): "
-            f"a prompt that uses one is refused; to train with them, set model.decoder.vocab={-(-tokenizer.size // 64) * 64}"
-        )
+        rows = -(-tokenizer.size // 64) * 64
+        where = f"no row in the embedding ({vocab} rows)"
+        lack = f"{beyond} of its tokenizer's added tokens have {where}"
+        fix = f"to train with them, set model.decoder.vocab={rows}"
+        say(f"warning: {source.folder}: {lack}: a prompt that uses one is refused; {fix}")
     elif not vocab - MOST_PADDING <= tokenizer.size <= vocab:
         raise CheckpointError(f"{source.folder}: its tokenizer has {tokenizer.size} tokens, its embedding {vocab}; they are not of one model.")
     check_tags(tokenizer, chosen.model.layout)

@@ -17,8 +17,9 @@ def is_foreign(path: Path) -> bool:
 
 
 READ = (
-    "config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json",
-    "pytorch_model.bin.index.json", "model_config.yaml", *FILES, *PAIRS.values(), *BESIDE,
+    "config.json", "preprocessor_config.json", "processor_config.json",
+    "model.safetensors.index.json", "pytorch_model.bin.index.json", "model_config.yaml",
+    *FILES, *PAIRS.values(), *BESIDE,
 )  # fmt: skip
 """Texts of a folder that an import reads, and so puts into the checkpoint."""
 
@@ -35,11 +36,14 @@ def leads_outside(file: Path) -> bool:
 
 
 def check_links(*files: Path) -> None:
-    """CheckpointError for a text that is a link out of its folder: it would be copied and passed on."""
+    """CheckpointError for a text that is a link out of its folder: it would be
+    copied and passed on."""
     for file in files:
         if file.is_symlink() and leads_outside(file):
             leads = f"{file} is a link that leads out of its folder, to {os.path.realpath(file)}"
-            raise CheckpointError(f"{leads}: if it is meant, put a copy of the file in its place (cp -L).")
+            raise CheckpointError(
+                f"{leads}: if it is meant, put a copy of the file in its place (cp -L).",
+            )
 
 
 def check_folder(folder: Path) -> None:

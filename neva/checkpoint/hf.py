@@ -26,7 +26,15 @@ from torch import Tensor
 from neva import config as tree
 from neva.checkpoint import stream
 from neva.checkpoint.foreign import check_folder, leads_outside
-from neva.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, digests, few, listing, serialise
+from neva.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    digests,
+    few,
+    listing,
+    serialise,
+)
 from neva.checkpoint.peers import in_memory
 from neva.checkpoint.shards import Shards, converted, open_shards, read_json
 from neva.checkpoint.source import (
@@ -103,7 +111,8 @@ def _read(folder: Path, config: dict[str, Any]) -> Source:
         views = image.pinpoints if image else ()
         if model_type == "llava_next":
             if views and views != model.image.pinpoints:
-                cut, joined = [list(view) for view in views], config.get("image_grid_pinpoints")
+                cut = [list(view) for view in views]
+                joined = config.get("image_grid_pinpoints")
                 raise ValueError(
                     f"its processor says image_grid_pinpoints={cut}, config.json {joined}: images "
                     f"are cut by one and their features joined by the other. Correct one of them."

@@ -37,8 +37,8 @@ class _Unpickler(pickle.Unpickler):
 class Reader(FileSystemReader):
     """DCP's reader of tensors alone, from an index that is checked.
 
-    The index builds nothing else than an index, and names files of its own folder. Other records than
-    tensors, which DCP would unpickle, are left out of it: `records` tells their names.
+    The index builds nothing else than an index, and names files of its own folder. Other records
+    than tensors, which DCP would unpickle, are left out of it: `records` tells their names.
     """
 
     records: tuple[str, ...] = ()
@@ -56,7 +56,9 @@ class Reader(FileSystemReader):
         try:
             tensors = _checked(path, metadata)
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-            raise CheckpointError(f"{path} is no index ({type(error).__name__}: {error}).") from None
+            raise CheckpointError(
+                f"{path} is no index ({type(error).__name__}: {error}).",
+            ) from None
         self.records = tuple(sorted(metadata.state_dict_metadata.keys() - tensors.keys()))
         metadata.state_dict_metadata = tensors
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
@@ -73,10 +75,17 @@ def _checked(path: Path, metadata: Metadata) -> dict[str, Any]:
     folder, described = path.parent, metadata.state_dict_metadata
     names = {info.relative_path for info in metadata.storage_data.values()}
     if outside := sorted(repr(name) for name in names if not _is_inside(folder, name)):
-        raise CheckpointError(f"{path} is refused: it names files outside its folder: {few(outside)}.")
-    tensors: dict[str, Any] = {name: record for name, record in described.items() if isinstance(record, TensorStorageMetadata)}
+        raise CheckpointError(
+            f"{path} is refused: it names files outside its folder: {few(outside)}.",
+        )
+    tensors: dict[str, Any] = {}
+    for name, record in described.items():
+        if isinstance(record, TensorStorageMetadata):
+            tensors[name] = record
     there = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
-    sizes = [record.properties.dtype.itemsize * math.prod(record.size) for record in tensors.values()]
+    sizes = []
+    for record in tensors.values():
+        sizes.append(record.properties.dtype.itemsize * math.prod(record.size))
     if any(size < 0 for size in sizes) or sum(sizes) > there:
         says = f"tensors of {sum(sizes):,} bytes, its files have {there:,}"
         raise CheckpointError(f"{path} is damaged: it speaks of {says}.")
@@ -92,7 +101,10 @@ def _is_inside(folder: Path, name: Any) -> bool:
 def stored(folder: Path) -> dict[str, Tensor]:
     """The tensors of a folder, on the meta device."""
     described: dict[str, Any] = Reader(folder).read_metadata().state_dict_metadata
-    return {name: torch.empty(there.size, dtype=there.properties.dtype, device="meta") for name, there in described.items()}
+    tensors = {}
+    for name, there in described.items():
+        tensors[name] = torch.empty(there.size, dtype=there.properties.dtype, device="meta")
+    return tensors
 
 
 def read(folder: Path, name: str) -> Tensor:

@@ -87,7 +87,9 @@ def _images(model: VLMConfig) -> str:
     tokens = f"{layout.tokens_per_image} tokens"
     where = {"all": tokens, "thumbnail": f"{tokens}, {crossed}the other tiles", "none": f"{crossed}{layout.tokens_per_tile} features a tile"}
     how = f"the function {image.process}" if image.process else layout.aspect
-    return ", ".join([f"{how} to {layout.tile} x {layout.tile}", *grid, where[model.inline], layout.resample])
+    return ", ".join(
+        [f"{how} to {layout.tile} x {layout.tile}", *grid, where[model.inline], layout.resample],
+    )
 
 
 def _decoder(c: DecoderConfig) -> str:

@@ -32,7 +32,17 @@ from torch import Tensor
 from neva.checkpoint import index
 from neva.checkpoint.foreign import check_links, leads_outside
 from neva.checkpoint.manifest import CheckpointError, few
-from neva.checkpoint.nemo_config import TEMPLATES, clip_config, decoder_config, llm, of_nemo2, read, section, size, vlm_config
+from neva.checkpoint.nemo_config import (
+    TEMPLATES,
+    clip_config,
+    decoder_config,
+    llm,
+    of_nemo2,
+    read,
+    section,
+    size,
+    vlm_config,
+)
 from neva.checkpoint.shards import Entry, Shards, load_torch, read_json
 from neva.checkpoint.source import Kind, Source
 from neva.config import YAML_BYTES, from_yaml
@@ -155,11 +165,13 @@ def read_nemo(path: Path, scratch: Path) -> Source:
 def read_nemo_config(path: Path) -> Source:
     """What a NeMo folder, or the texts of an archive, say of a model, without its weights.
 
-    The vocabulary, of which the config alone may say nothing, is then the tokenizer's, padded as NeMo does.
+    The vocabulary, of which the config alone may say nothing, is then the
+    tokenizer's, padded as NeMo does.
     """
     described = _described(path)
     source = _source(path, described, path)
-    said = {"override_vocab_size", "padded_vocab_size"} & {key for key, value in described.items() if value is not None}
+    keys = ("override_vocab_size", "padded_vocab_size")
+    said = any(described.get(key) is not None for key in keys)
     if said or source.text is None or isinstance(source.model, VisionConfig):
         return source
     multiple = 1
@@ -204,10 +216,13 @@ def _source(folder: Path, described: Mapping[str, Any], path: Path) -> Source:
         else:
             model = decoder_config(described)
             if described.get("mm_cfg"):
-                model, kind = vlm_config(described, model), "vlm"
+                model = vlm_config(described, model)
+                kind = "vlm"
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: model_config.yaml lacks {error}") from None
-    template = "" if kind == "vision" else TEMPLATES.get(str(llm(described).get("model_type", "")), "")
+    template = ""
+    if kind != "vision":
+        template = TEMPLATES.get(str(llm(described).get("model_type", "")), "")
     return Source(
         folder=folder,
         text=None if kind == "vision" else _tokenizer(folder),
@@ -240,9 +255,10 @@ def _shifted(name: str, mm: Mapping[str, Any]) -> str:
 
 def _clip_tensors(stored: "Ranks", vision: VisionConfig, folder: Path) -> dict[str, Piece]:
     """An encoder's tensors, without the blocks behind the features that are read."""
-    unread = "|".join(map(str, range(vision.depth, vision.layers))) or "x"
+    numbers = "|".join(map(str, range(vision.depth, vision.layers))) or "x"
+    unread = re.compile(rf"vision\.blocks\.({numbers})\.")
     tensors = _ours(stored, vision, folder)
-    return {name: piece for name, piece in tensors.items() if not re.match(rf"vision\.blocks\.({unread})\.", name)}
+    return {name: piece for name, piece in tensors.items() if not unread.match(name)}
 
 
 # Weights.
@@ -301,7 +317,9 @@ def _of_zarr(folder: Path) -> Iterator[tuple[str, Stored]]:
         place = described.parent
         if not place.name.startswith("optimizer"):
             array = _zarr_header(described)
-            dtype = torch.bfloat16 if _is_half(array) else torch.from_numpy(np.zeros(1, array["dtype"])).dtype
+            dtype = torch.bfloat16
+            if not _is_half(array):
+                dtype = torch.from_numpy(np.zeros(1, array["dtype"])).dtype
             yield place.name, Stored(shape=tuple(array["shape"]), dtype=dtype, file=place, read=lambda place=place, a=array: _zarr(place, a))
 
 
@@ -310,12 +328,14 @@ def _is_half(array: Mapping[str, Any]) -> bool:
 
 
 def _zarr_header(file: Path) -> dict[str, Any]:
-    """A .zarray, of which nothing is made but numbers in files beside it. CheckpointError for any other."""
+    """A .zarray, of which nothing is made but numbers in files beside it.
+    CheckpointError for any other."""
     array = read_json(file)
     try:
         kind = np.dtype("<i2" if _is_half(array) else array["dtype"])
         sizes = [*array["shape"], *array["chunks"]]
-        numbers = all(type(size) is int and size >= 0 for size in sizes) and 0 not in array["chunks"]
+        numbers = all(type(size) is int and size >= 0 for size in sizes)
+        numbers = numbers and 0 not in array["chunks"]
         separators = array.get("dimension_separator", ".") in (".", "/")
         held = math.prod(array["shape"]) * kind.itemsize
         there = sum(path.stat().st_size for path in file.parent.rglob("*") if path.is_file())
@@ -324,7 +344,9 @@ def _zarr_header(file: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise CheckpointError(f"{file} is refused: it describes no array of numbers in the files beside it.")
+        raise CheckpointError(
+            f"{file} is refused: it describes no array of numbers in the files beside it.",
+        )
     return array
 
 
@@ -358,7 +380,9 @@ def _unstacked(stored: dict[str, Stored]) -> dict[str, Stored]:
         most = DECODER_LIMITS["layers"][1]
         if not one.shape or one.shape[0] > most:
             shape = list(one.shape)
-            raise CheckpointError(f"{one.file}: {name!r} {shape} is no stack of 0 to {most} layers.")
+            raise CheckpointError(
+                f"{one.file}: {name!r} {shape} is no stack of 0 to {most} layers.",
+            )
         for number in range(one.shape[0]):
             read = lambda one=one, number=number: one.read()[number]  # noqa: E731
             apart[f"{match[1]}.{number}.{match[2]}"] = replace(one, shape=one.shape[1:], read=read)
@@ -476,9 +500,11 @@ def _unfuse(fused: Tensor, heads: int, groups: int, head: int) -> dict[str, Tens
 # Files.
 
 
-MOST_RATIO, ALWAYS = 20, 2**28
-"""An archive may unpack to so many times its size, and to so many bytes whatever its size: weights are
-hardly compressed, so that more is no model."""
+MOST_RATIO = 20
+"""An archive may unpack to so many times its size: weights are hardly compressed, so that more is
+no model."""
+ALWAYS = 2**28
+"""Bytes to which an archive may unpack whatever its size."""
 TEXTS = (".yaml", ".model", ".json", ".jinja", ".txt")
 """Endings of an archive's files that are no weights."""
 LONGEST = 2**26
@@ -498,21 +524,23 @@ class _Bounded(io.BufferedReader):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= LONGEST:
-            raise CheckpointError(f"{self.path} is refused: a header of it would unpack to more than {LONGEST:,} bytes.")
+            says = f"a header of it would unpack to more than {LONGEST:,} bytes"
+            raise CheckpointError(f"{self.path} is refused: {says}.")
         self.check(self.tell() + size)
         return super().read(size)
 
     def check(self, unpacked: int) -> None:
         """CheckpointError for more bytes than an archive of this size may unpack to."""
         if unpacked > self.most:
-            raise CheckpointError(
-                f"{self.path} is refused: it would unpack to more than {self.most:,} bytes, {MOST_RATIO} times its size. No model is packed so."
-            )
+            most = f"more than {self.most:,} bytes, {MOST_RATIO} times its size"
+            says = f"it would unpack to {most}. No model is packed so."
+            raise CheckpointError(f"{self.path} is refused: {says}")
 
 
 @contextmanager
 def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, Iterator[tarfile.TarInfo]]]:
-    """An archive and its members, one by one, which stop where they are too many bytes. CheckpointError for a damaged one."""
+    """An archive and its members, one by one, which stop where they are too many bytes.
+    CheckpointError for a damaged one."""
     try:
         with _Bounded(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
 
@@ -525,7 +553,10 @@ def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, Iterator[tarfile.Tar
 
             yield archive, members()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise CheckpointError(f"{path} cannot be unpacked ({type(error).__name__}: {error}): it is damaged or cut off.") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{path} cannot be unpacked ({reason}): it is damaged or cut off.",
+        ) from None
 
 
 def _unpacked(path: Path, scratch: Path) -> Path:
@@ -540,8 +571,11 @@ def _unpacked(path: Path, scratch: Path) -> Path:
             archive.extract(member, scratch, filter="data")
         assert archive.fileobj is not None
         archive.fileobj.seek(archive.offset)
-        if not archive.fileobj.read(tarfile.BLOCKSIZE):  # tarfile takes the end of a file between two members for the archive's end
-            raise CheckpointError(f"{path} cannot be unpacked (it has no end): it is damaged or cut off.")
+        # tarfile takes the end of a file between two members for the archive's end
+        if not archive.fileobj.read(tarfile.BLOCKSIZE):
+            raise CheckpointError(
+                f"{path} cannot be unpacked (it has no end): it is damaged or cut off.",
+            )
     done.write_text(stamp)
     return scratch
 
@@ -578,7 +612,8 @@ def _mapping(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path) -> Path | None:
-    """What `load_tokenizer` reads: NeMo prefixes an archive's files with a hash, and NeMo 2 keeps them in context/."""
+    """What `load_tokenizer` reads: NeMo prefixes an archive's files with a hash, and NeMo 2
+    keeps them in context/."""
     for place in (folder / "context" / "nemo_tokenizer", folder / "context", folder):
         named = [place / name for name in FILES if (place / name).is_file()]
         other = sorted(place.glob("*.model")) if place.is_dir() else []

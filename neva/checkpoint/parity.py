@@ -159,7 +159,8 @@ def llava(
     assert config.vision is not None
     first: tuple[str, ...] = ()
     if not whole:
-        asked, first = True, ("text_config",)
+        asked = True
+        first = ("text_config",)
         config = replace(config, decoder=replace(config.decoder, layers=1, cross_layers=()))
         assert config.vision is not None
         if config.vision.backend != "hf":

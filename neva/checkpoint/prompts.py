@@ -23,10 +23,15 @@ from neva.models.vit import VisionConfig, normalise
 
 TEXTS = ("What is this?", "Two  spaces,\ttabs\nand breaks: naïve café 日本 🙂 1234567", "It's 3.14, isn't it? [INST] {x} <b>")
 """None begins with a space: versions of transformers differ on those of a SentencePiece model."""
-PLAIN = (TEXTS[0], "Tabs,\tbreaks\nand more: naïve café 日本 🙂 1234567", "It's 3.14, isn't it? {x} <b>")
+PLAIN = (
+    TEXTS[0],
+    "Tabs,\tbreaks\nand more: naïve café 日本 🙂 1234567",
+    "It's 3.14, isn't it? {x} <b>",
+)
 """Texts that transformers must split as SentencePiece does."""
 SPACED = ("Two  spaces", "x   y    z", " one before", "   three before", "and one behind ")
-"""Texts on which transformers 5 differs: it joins spaces by their place in the vocabulary, not by their score."""
+"""Texts on which transformers 5 differs: it joins spaces by their place in the
+vocabulary, not by their score."""
 TALKS: dict[str, tuple[tuple[int, str, str], ...]] = {
     "a question": ((0, "user", TEXTS[1]),),
     "three turns": ((0, "user", TEXTS[0]), (0, "assistant", "A cat."), (0, "user", TEXTS[2])),
@@ -117,10 +122,12 @@ def compare_texts(folder: Path, tokenizer: Tokenizer) -> str:
 
 
 def _beside_sentencepiece(folder: Path, tokenizer: SentencePieceTokenizer, theirs: Any) -> str:
-    """What to say of a SentencePiece model that transformers reads otherwise than SentencePiece; empty if it does not.
+    """What to say of a SentencePiece model that transformers reads otherwise than
+    SentencePiece; empty if it does not.
 
-    Ours must give SentencePiece's ids of every text. Theirs may differ on spaces, on the space before a text where the file
-    wants none, and behind a special token where the folder does not say which way: CheckpointError for all else.
+    Ours must give SentencePiece's ids of every text. Theirs may differ on spaces, on the space
+    before a text where the file wants none, and behind a special token where the folder does not
+    say which way: CheckpointError for all else.
     """
     own = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_proto)
     inner = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_proto + WITHOUT_PREFIX)
@@ -129,7 +136,9 @@ def _beside_sentencepiece(folder: Path, tokenizer: SentencePieceTokenizer, their
     for text in (*PLAIN, *SPACED):
         mine = tokenizer.encode(text)
         if mine != own.encode(text):
-            raise CheckpointError(_otherwise(repr(text), mine, own.encode(text), folder, whose="SentencePiece"))
+            raise CheckpointError(
+                _otherwise(repr(text), mine, own.encode(text), folder, whose="SentencePiece"),
+            )
         ids = theirs(text, add_special_tokens=False).input_ids
         if ids == mine:
             continue
@@ -186,8 +195,16 @@ def _picture(number: int) -> Image.Image:
 
 
 def _otherwise(
-    name: str, mine: list[int], theirs: list[int], folder: Path, *, advice: str = "--no-parity publishes it all the same", whose: str = "transformers"
+    name: str,
+    mine: list[int],
+    theirs: list[int],
+    folder: Path,
+    *,
+    advice: str = "--no-parity publishes it all the same",
+    whose: str = "transformers",
 ) -> str:
     at = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
-    shown = f"ours has {json.dumps(mine[max(0, at - 2) : at + 6])}, {whose} {json.dumps(theirs[max(0, at - 2) : at + 6])}"
-    return f"{folder}: its tokenizer gives other ids in {whose} for {name}, from token {at} on: {shown} ({advice})."
+    near = slice(max(0, at - 2), at + 6)
+    shown = f"ours has {json.dumps(mine[near])}, {whose} {json.dumps(theirs[near])}"
+    differ = f"its tokenizer gives other ids in {whose} for {name}, from token {at} on"
+    return f"{folder}: {differ}: {shown} ({advice})."

@@ -182,20 +182,25 @@ def load_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _check_packed(path: Path) -> None:
-    """CheckpointError for a torch file with compressed records: torch writes none, and they may unpack to any size."""
+    """CheckpointError for a torch file with compressed records: torch writes none, and they
+    may unpack to any size."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
         if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
-            raise CheckpointError(f"{path} is refused: its records are compressed, which torch writes none of.")
+            raise CheckpointError(
+                f"{path} is refused: its records are compressed, which torch writes none of.",
+            )
 
 
 SHARED = 4
-"""How many times the bytes of a torch file its tensors may have together: some, as tied ones, share theirs."""
+"""How many times the bytes of a torch file its tensors may have together: some, as
+tied ones, share theirs."""
 
 
 def _check_held(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """CheckpointError for tensors that a torch file does not hold: a few bytes, read again and again, would fill any memory and disk."""
+    """CheckpointError for tensors that a torch file does not hold: a few bytes, read again and
+    again, would fill any memory and disk."""
     total = 0
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:

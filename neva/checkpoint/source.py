@@ -42,7 +42,8 @@ class Source:
     spelled: Mapping[str, str]
     """Default spelling of each tensor that the table knows -> its name here."""
     side: int = 0
-    """Side that its processor brings images to; 0 where none says, or where the encoder takes that side for its own."""
+    """Side that its processor brings images to; 0 where none says, or where the encoder takes
+    that side for its own."""
     text: Path | None = None
     """Where its tokenizer is, if not in its folder under a name of its own."""
     notes: tuple[str, ...] = ()
@@ -65,7 +66,11 @@ class Source:
         """Is there one that `load_tokenizer` reads?"""
         if self.text is not None:
             return True
-        return any((self.folder / name).is_file() and (self.folder / PAIRS.get(name, name)).is_file() for name in FILES)
+        for name in FILES:
+            beside = PAIRS.get(name, name)
+            if (self.folder / name).is_file() and (self.folder / beside).is_file():
+                return True
+        return False
 
 
 def other_sets(folder: Path) -> tuple[str, ...]:
@@ -128,7 +133,8 @@ def lost_heads(sources: Sequence[Source], model: VLMConfig | None) -> list[str]:
 def about_encoder(whole: Source, seen: Source) -> list[str]:
     """Warnings on the encoder that is given beside a LLaVA of the original repository."""
     said = []
-    encoder, name = seen.model, str(whole.config.get("mm_vision_tower", ""))
+    encoder = seen.model
+    name = str(whole.config.get("mm_vision_tower", ""))
     side = hf_vlm.named_side(name)
     if side and isinstance(encoder, VisionConfig) and encoder.image != side:
         said.append(
@@ -165,7 +171,8 @@ def with_own_tower(sources: Sequence[Source]) -> tuple[Source, ...]:
             f"{whole.folder} holds the weights of its encoder (model.vision_tower.*), of a "
             f"{seen.format}: with such a LLaVA a tuned CLIP or SigLIP can be imported."
         )
-    inside, entries = tower(whole), whole.shards.entries
+    inside = tower(whole)
+    entries = whole.shards.entries
     own = {name: replace(entries[stored], stored=stored) for name, stored in inside.items()}
     rest = {name: entry for name, entry in entries.items() if name not in inside.values()}
     tuned = replace(seen, shards=Shards(entries=own), spelled=hf.default_names(own, seen.table))

@@ -8,8 +8,9 @@
                             training/        DCP: optimiser tensors, each rank's random state; state.json. Absent after an import
                             manifest.json    format, step, bytes and sha256 of each file, and a sha256 of itself; written last
 
-A save writes `step_20.tmp`, syncs it and renames it: whatever has the name `step_20` was complete. `step_N.tmp`, `step_N.old.tmp`
-and `latest.tmp` are leftovers of a process that was killed; the next save removes them.
+A save writes `step_20.tmp`, syncs it and renames it: whatever has the name `step_20` was
+complete. `step_N.tmp`, `step_N.old.tmp` and `latest.tmp` are leftovers of a process that was
+killed; the next save removes them.
 
 With a process group, `save`, `verify`, `newest_good`, `open_checkpoint`, `load_weights` and `load_training` are collective: every
 rank calls them with the same folder, the work is shared out, and if one rank fails all of them raise. `find`, `load_config`
@@ -191,7 +192,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_config(step_folder: Path) -> dict[str, Any]:
-    """The resolved config that the checkpoint was saved with, as a plain dict. CheckpointError if it cannot be read."""
+    """The resolved config that the checkpoint was saved with, as a plain dict. CheckpointError
+    if it cannot be read."""
     path = Path(step_folder) / "neva.yaml"
     try:
         described = from_yaml(path.read_bytes())
@@ -217,8 +219,9 @@ def load_weights(
     """Fill the tensors and DTensors of `into`, in place, from a verified checkpoint saved under any layout.
 
     A floating dtype that differs is converted as `Tensor.copy_` does (rounded to nearest even). `only` leaves out, on both
-    sides, the names for which it is false. With `grow` the checkpoint's vocabulary may be smaller: the rows of new tokens are
-    the mean of the others. Collective; pipeline ranks may each pass their part.
+    sides, the names for which it is false. With `grow` the checkpoint's vocabulary may be smaller:
+    the rows of new tokens are the mean of the others.
+    Collective; pipeline ranks may each pass their part.
     Raises CheckpointError naming every missing, unexpected or differently shaped tensor; then nothing was changed.
     """
     chosen = {name: tensor for name, tensor in into.items() if only is None or only(name)}
@@ -240,7 +243,12 @@ def _copy(target: Tensor, whole: Tensor) -> None:
     with torch.no_grad():
         if isinstance(target, DTensor):
             there = whole.to(target.device, target.dtype)
-            part = distribute_tensor(there, target.device_mesh, target.placements, src_data_rank=None)
+            part = distribute_tensor(
+                there,
+                target.device_mesh,
+                target.placements,
+                src_data_rank=None,
+            )
             target.copy_(part)
         else:
             target.copy_(whole)
@@ -468,9 +476,10 @@ def _stored(folder: Path) -> dict[str, Any]:
     def read() -> None:
         found.update(reader.read_metadata().state_dict_metadata)
         if reader.records:
+            held = few(list(reader.records))
+            says = f"besides tensors it holds {held}, whose reading would run code"
             raise CheckpointError(
-                f"{folder / '.metadata'} is refused: besides tensors it holds {few(list(reader.records))}, "
-                "whose reading would run code. neva writes no such checkpoint."
+                f"{folder / '.metadata'} is refused: {says}. neva writes no such checkpoint.",
             )
 
     _together(read, explain=partial(explain_reading, folder=folder))

@@ -42,7 +42,8 @@ def _check_own(folder: Path) -> None:
         return
     real = folder.is_dir() and not folder.is_symlink()
     if not real or not ((folder / MARK).is_file() or not any(folder.iterdir())):
-        raise ValueError(f"{folder} is in the way, and neva did not make it: rename or remove it, or name another folder with --out")
+        fix = "rename or remove it, or name another folder with --out"
+        raise ValueError(f"{folder} is in the way, and neva did not make it: {fix}")
 
 
 def begin(folder: Path, of: str) -> None:
@@ -59,7 +60,8 @@ def begin(folder: Path, of: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of `begin`'s, if it is there; its mark last, so that a kill leaves it ours."""
+    """Remove a folder of `begin`'s, if it is there; its mark last, so that a kill leaves it
+    ours."""
     if not folder.exists():
         return
     _check_own(folder)
@@ -75,7 +77,8 @@ def finish(folder: Path, out: Path) -> None:
     """Make a folder of `begin`'s durable, and give it the name `out`."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
-    folder.rename(out)  # marked: after a kill here, the same command still knows the folder as its own
+    # marked: after a kill here, the same command still knows the folder as its own
+    folder.rename(out)
     (out / MARK).unlink()
     sync(out)
     sync(out.parent)
@@ -115,7 +118,13 @@ def write(folder: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Ten
         journal.unlink()
 
 
-def _write_all(folder: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor], *, tick: Callable[[int], None]) -> None:
+def _write_all(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    *,
+    tick: Callable[[int], None],
+) -> None:
     """Units, each with its journal, then the index of all."""
     named = units({name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()})
     writer = FileSystemWriter(folder, thread_count=1)

@@ -149,7 +149,8 @@ def _decoder(folder: Path, described: Mapping[str, Any], model: VLMConfig, names
     alone = origin.is_a("decoder")
     tokens, encoder = _text(folder, described, model, origin, images=False)
     return Target(
-        kind="decoder", config=written, table=hf_config.DECODERS[written["model_type"]].table, names=own,
+        kind="decoder", config=written,
+        table=hf_config.DECODERS[written["model_type"]].table, names=own,
         odd_names=origin.odd_names if alone and options.keys == "source" else {}, files=tokens.files, encoder=encoder,
         model=VLMConfig(decoder=replace(model.decoder, cross_layers=()), vision=None, projector="none"),
     )  # fmt: skip
@@ -281,9 +282,15 @@ def _text(folder: Path, described: Mapping[str, Any], model: VLMConfig, origin: 
     template = described["template"]
     own = find_template(template, tokenizer)
     if own.own and not images and model.vision is not None and not starts(own):
-        # The whole model's prompts begin with the start token, which processors put there by themselves.
+        # The whole model's prompts begin with the start token, which processors
+        # put there by themselves.
         template = own.jinja
-    encoder = Encoder(tokenizer=tokenizer, template=template, system=described["system"], layout=layout)
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        template=template,
+        system=described["system"],
+        layout=layout,
+    )
     tokens = prepare_tokens(
         encoder,
         origin=origin.folder,

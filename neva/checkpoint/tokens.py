@@ -37,7 +37,8 @@ class Tokens:
 def imported_ends(checkpoint: Path) -> list[int]:
     """The ids at which the folder that was imported ends its answers, for transformers as for us.
 
-    generation_config.json lists them; where there is none, config.json or the config of its text model does.
+    generation_config.json lists them; where there is none, config.json or the
+    config of its text model does.
     """
     for kind in ("vlm", "decoder"):
         folder = checkpoint / "source" / kind
@@ -67,8 +68,8 @@ def prepare_tokens(
 ) -> Tokens:
     """Tokenizer files in which `<image>` is a token if the model sees images; those of the source in `origin` where it has them.
 
-    `length`: the model's positions; `rows`: tokens that its embedding knows; `ends`: ids that end an answer besides the
-    tokenizer's and the template's.
+    `length`: the model's positions; `rows`: tokens that its embedding knows; `ends`: ids that end
+    an answer besides the tokenizer's and the template's.
     ValueError for a tokenizer that transformers has no form for.
     """
     tokenizer, images = encoder.tokenizer, encoder.layout.images
@@ -90,11 +91,14 @@ def prepare_tokens(
     if images and model.token_to_id(MARKER) is None:
         _add(model, [MARKER, *([PAD] if not config.get("pad_token") and model.token_to_id(PAD) is None else [])])
         config["pad_token"] = config.get("pad_token") or PAD
-    # A batch of prompts is filled up in front: behind a prompt of unlike length its answer would begin wrongly.
+    # A batch of prompts is filled up in front: behind a prompt of unlike length its
+    # answer would begin wrongly.
     config["padding_side"] = "left"
     # One beyond the embedding, where nothing makes that larger, would end the batch with an error.
     if not config.get("pad_token") or (not images and tokenizer.pad >= rows):
-        config["pad_token"] = model.id_to_token(tokenizer.pad if tokenizer.pad < rows else tokenizer.eos)
+        config["pad_token"] = model.id_to_token(
+            tokenizer.pad if tokenizer.pad < rows else tokenizer.eos,
+        )
     if images and tokenizer.image_parts and tokenizer.gap:
         config[IMAGE_PARTS] = True
     _start(model, tokenizer)
@@ -151,14 +155,16 @@ def _chat(encoder: Encoder, config: dict[str, Any]) -> dict[str, bytes]:
     elif encoder.template:
         text = _for_tokenizer(text, tokenizer, starts=starts(chosen))
     if form.lists and any(around):
-        shown = f"{{{{- drawn | replace({MARKER!r}, {''.join((around[0], MARKER, around[1]))!r}) }}}}"
+        framed = "".join((around[0], MARKER, around[1]))
+        shown = f"{{{{- drawn | replace({MARKER!r}, {framed!r}) }}}}"
         text = "{%- set drawn %}\n" + text + "{%- endset %}\n" + shown
     given = _flattened(message, form, around, caption=chosen.caption)
     return {"chat_template.jinja": (given + text).encode()}
 
 
 def _for_processor(text: str, tokenizer: Tokenizer, *, starts: bool) -> str:
-    """A template whose text a processor takes: it puts the start token before it, and `<image>` is a special token there."""
+    """A template whose text a processor takes: it puts the start token before it, and `<image>` is
+    a special token there."""
     begins = starts and tokenizer.bos is not None
     spaced = tokenizer.gap and tokenizer.image_parts
     if not begins and not spaced:
@@ -179,7 +185,8 @@ def _for_processor(text: str, tokenizer: Tokenizer, *, starts: bool) -> str:
 
 
 def _for_tokenizer(text: str, tokenizer: Tokenizer, *, starts: bool) -> str:
-    """A template whose text a tokenizer takes as it is: the template writes the start token itself."""
+    """A template whose text a tokenizer takes as it is: the template writes
+    the start token itself."""
     if tokenizer.bos is None or (starts and not tokenizer.gap):
         return text
     if not tokenizer.gap:
@@ -192,9 +199,11 @@ def _for_tokenizer(text: str, tokenizer: Tokenizer, *, starts: bool) -> str:
 
 
 def _needs_gap(name: str, template: str, tokenizer: Tokenizer) -> str:
-    """The Jinja condition that the text of this name must have a space between it and a special token before it.
+    """The Jinja condition that the text of this name must have a space between it and a
+    special token before it.
 
-    None stands before another special token. Before a space a tokenizer.json wants none, and SentencePiece one more.
+    None stands before another special token. Before a space a tokenizer.json wants none,
+    and SentencePiece one more.
     """
     begins = [token for token in tokenizer.specials if token in template]
     begins += [" "] if isinstance(tokenizer, JsonTokenizer) else []
@@ -225,8 +234,8 @@ images alone; where a template takes lists, its images stand apart."""
 
 
 def _flattened(system: str, form: Form, around: tuple[str, str], *, caption: bool) -> str:
-    """Jinja that makes of transformers' messages, a text or a list of texts and images each, what the
-    template takes: a text for those that take one, with the system message, line breaks and end
+    """Jinja that makes of transformers' messages, a text or a list of texts and images each, what
+    the template takes: a text for those that take one, with the system message, line breaks and end
     tokens that `neva generate` puts there and the template does not.
 
     In a text the image of a user's turn comes first, then a line break, as in LLaVA; several stay
@@ -248,9 +257,11 @@ def _flattened(system: str, form: Form, around: tuple[str, str], *, caption: boo
         "{%- endif %}",
     ]
     if form.joint:
-        lines.append(f"{{%- if part.images and part.text %}}{{% set part.text = {form.joint!r} + part.text %}}{{% endif %}}")
+        joined = f"{{% set part.text = {form.joint!r} + part.text %}}"
+        lines.append(f"{{%- if part.images and part.text %}}{joined}{{% endif %}}")
     if form.adds_end:
-        lines.append("{%- if message.role == 'assistant' %}{% set part.text = part.text + eos_token %}{% endif %}")
+        ended = "{% set part.text = part.text + eos_token %}"
+        lines.append(f"{{%- if message.role == 'assistant' %}}{ended}{{% endif %}}")
     lines += [
         "{%- set content = part.text %}",
         *_listed(form),
@@ -260,7 +271,8 @@ def _flattened(system: str, form: Form, around: tuple[str, str], *, caption: boo
     ]
     if system:
         spelled = json.dumps(system, ensure_ascii=False)
-        content_of = f"[{{'type': 'text', 'text': {spelled}}}]" if "system" in form.lists else spelled
+        listed = f"[{{'type': 'text', 'text': {spelled}}}]"
+        content_of = listed if "system" in form.lists else spelled
         first = f"[{{'role': 'system', 'content': {content_of}}}]"
         lines.append(f"{{%- if messages[0].role != 'system' %}}{{% set messages = {first} + messages %}}{{% endif %}}")
     return "\n".join(lines)

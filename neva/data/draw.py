@@ -1,4 +1,5 @@
-"""Usable samples in the global order: of each stream the next that is not left out. Says what was left out, and what remains to be drawn."""
+"""Usable samples in the global order: of each stream the next that is not left out. Says what was
+left out, and what remains to be drawn."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ class Bad:
 class Draws:
     """Gives items forever, from what measuring found of each stream's samples, in order.
 
-    Raises SampleError for a sample that may not be left out, and ValueError for a stream without a usable one.
+    Raises SampleError for a sample that may not be left out, and ValueError for a
+    stream without a usable one.
     """
 
     blend: Blend
@@ -95,14 +97,18 @@ class Draws:
         if len(self.names) < NAMED:
             self.names.append([bad.source, bad.id, bad.message])
         self._barren[ref.source] += 1
-        sources, lengths = self._streams[stream], self.blend.lengths
-        # So many in a row hold a whole pass; `length` of them can be the end of one and the start of the next.
+        sources = self._streams[stream]
+        lengths = self.blend.lengths
+        # So many in a row hold a whole pass; `length` of them can be the end of one and
+        # the start of the next.
         if all(self._barren[source] >= 2 * lengths[source] - 1 for source in sources):
             names = ", ".join(self.blend.names[source] for source in sources)
             count = sum(lengths[source] for source in sources)
             counts = f"{self.left_out['long']} too long, {self.left_out['broken']} unreadable"
             last = f"the last was {SampleError(bad.source, bad.id, bad.message)}"
-            raise ValueError(f"none of the {count} samples of {names} can be used ({counts}); {last}")
+            raise ValueError(
+                f"none of the {count} samples of {names} can be used ({counts}); {last}",
+            )
 
 
 def item_of(ref: Ref, tokens: int, tiles: int) -> Item:

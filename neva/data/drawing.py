@@ -37,8 +37,8 @@ IMAGE_SIGN, START_SIGN, END_SIGN, OPEN_SIGN, CLOSE_SIGN, SPLIT_SIGN = (
 MOST_WRITTEN = 1_000_000
 """Characters that a template may add to its messages."""
 MOST_WORK = 200_000
-"""Steps that a template may take beside ten for each character of its messages: an item of a loop or
-a list and 100 characters are one, a call is ten."""
+"""Steps that a template may take beside ten for each character of its messages: an item of a loop
+or a list and 100 characters are one, a call is ten."""
 WIDEST = 10_000
 """Largest number that a filter or a method takes: others fill lines, or lists, up to a number."""
 

@@ -286,15 +286,19 @@ class Encoder:
     def _flush(self, draft: Draft, span: list[Piece]) -> None:
         """Appends the ids of text pieces tokenised together.
 
-        A label starts behind the ids of the text before it tokenised alone: this is the prompt that a server would send. Where an id
-        would span that border the label is tokenised by itself, so that for any tokenizer training sees the ids of the prompt.
+        A label starts behind the ids of the text before it tokenised alone: this is the prompt that
+        a server would send. Where an id would span that border the label is tokenised by itself, so
+        that for any tokenizer training sees the ids of the prompt.
         """
         at = len(draft.tokens)
         behind_image = bool(draft.images) and draft.images[-1].end == at
         first = at == draft.begin or (behind_image and self.tokenizer.image_parts)
         for number in range(1, len(span)):
             if span[number].loss and not span[number - 1].loss:
-                before = self.tokenizer.encode("".join(piece.text for piece in span[:number]), first=first)
+                before = self.tokenizer.encode(
+                    "".join(piece.text for piece in span[:number]),
+                    first=first,
+                )
                 whole = self.tokenizer.encode("".join(piece.text for piece in span), first=first)
                 if whole[: len(before)] != before:
                     self._flush(draft, span[:number])

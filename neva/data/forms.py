@@ -100,7 +100,8 @@ def _messages(form: Form, turns: Sequence[Turn]) -> list[Message]:
     """The turns as the template takes them."""
     made: list[Message] = []
     for turn in turns:
-        images, text = 0, clean(turn.text)
+        images = 0
+        text = clean(turn.text)
         if turn.role == "user":
             text = _inline(turn.text)
             if form.lists:
@@ -167,10 +168,14 @@ def _adjusted(form: Form, text: str) -> str:
     for number in range(2, len(spans) - 1, 4):  # text, sign, label, sign, text, ...
         before, label, behind = spans[number - 2], spans[number], spans[number + 2]
         if form.lead < 0:
-            before, label = before[: form.lead], before[form.lead :] + label
-        before, label = before + label[: max(0, form.lead)], label[max(0, form.lead) :]
+            label = before[form.lead :] + label
+            before = before[: form.lead]
+        lead = max(0, form.lead)
+        before += label[:lead]
+        label = label[lead:]
         if form.tail and behind.startswith(form.tail):
-            label, behind = label + form.tail, behind[len(form.tail) :]
+            label += form.tail
+            behind = behind.removeprefix(form.tail)
         ended = label.rfind(END_SIGN) + 1 if form.adds_end else len(label.rstrip())
         made += before + OPEN_SIGN + label[:ended] + CLOSE_SIGN
         spans[number + 2] = label[ended:] + behind
@@ -208,8 +213,8 @@ def _by_prefixes(draw: "partial[str]", messages: list[Message], *, prompt: bool)
 
 
 def _reach(prompt: str, whole: str) -> int | None:
-    """Where in a conversation the answer begins to which a prompt asks: at the prompt's end, or, where
-    white space is written otherwise there, before that."""
+    """Where in a conversation the answer begins to which a prompt asks: at the prompt's end, or,
+    where white space is written otherwise there, before that."""
     asked = prompt if whole.startswith(prompt) else prompt.rstrip()
     return len(asked) if whole.startswith(asked) else None
 
@@ -434,7 +439,8 @@ def _spans(jinja: str, form: Form, turns: Sequence[Turn]) -> Iterator[tuple[str,
 
 def _check_spans(spans: Sequence[tuple[str, str]], turns: Sequence[Turn]) -> None:
     """One label for each answer, which begins it."""
-    answers, labels = _answers(turns), [label for label, _ in spans]
+    answers = _answers(turns)
+    labels = [label for label, _ in spans]
     others = [turn.text.split(MARKER)[-1].strip() for turn in turns if turn.role != "assistant"]
     if any(text in label for text in others for label in labels):
         raise Lost(
@@ -446,9 +452,8 @@ def _check_spans(spans: Sequence[tuple[str, str]], turns: Sequence[Turn]) -> Non
             5,
             f"the chat template marks no answer, or not all of it: put the answers {_BETWEEN}",
         )
-    before = [label.partition(text)[0].strip() for label, text in zip(labels, answers, strict=False)]
+    pairs = zip(labels, answers, strict=False)
+    before = [label.partition(text)[0].strip() for label, text in pairs]
     if len(labels) != len(answers) or any(before):
-        raise Lost(
-            5,
-            f"the chat template marks more than answers and what ends them: put only those {_BETWEEN}",
-        )
+        more = "the chat template marks more than answers and what ends them"
+        raise Lost(5, f"{more}: put only those {_BETWEEN}")

@@ -25,10 +25,11 @@ MAX_PIXELS = 89_000_000
 """Largest image that is decoded: a small file can claim a size that fills the memory (Pillow warns from about here)."""
 WHITE = (255, 255, 255)
 FORMATS = (
-    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP",
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000",
+    "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP",
 )  # fmt: skip
-"""What is decoded, by Pillow's names: formats of pixels alone. Others, such as EPS, are programs that
-Pillow hands to another program to run."""
+"""What is decoded, by Pillow's names: formats of pixels alone. Others, such as EPS, are programs
+that Pillow hands to another program to run."""
 STRIP = 64
 """Rows of an image that are padded at a time."""
 RESAMPLE = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "lanczos", "nearest")}
@@ -173,7 +174,9 @@ def _opened(picture: Picture) -> Iterator[Image.Image]:
         if isinstance(picture, Path) and picture.is_file() and picture.stat().st_size == 0:
             raise ValueError(f"the image {picture} is empty (0 bytes): download it again or leave the sample out")
         if isinstance(picture, Path) and picture.exists() and not picture.is_file():
-            raise ValueError(f"{picture} is no image but a folder, a pipe or a device: leave the sample out")
+            raise ValueError(
+                f"{picture} is no image but a folder, a pipe or a device: leave the sample out",
+            )
         file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
         with Image.open(file, formats=_formats()) as image:
             _check_header(image)
@@ -186,8 +189,9 @@ def _opened(picture: Picture) -> Iterator[Image.Image]:
         raise ValueError(f"{_called(picture)} is too large to decode ({error}): make it smaller or leave the sample out") from None
     except UnidentifiedImageError:
         known = ", ".join(_formats())
+        reason = f"it is damaged, or of none of the formats {known}"
         raise ValueError(
-            f"{_called(picture)} cannot be read: it is damaged, or of none of the formats {known}; replace it or leave the sample out"
+            f"{_called(picture)} cannot be read: {reason}; replace it or leave the sample out",
         ) from None
     except Exception as error:  # Pillow's decoders raise errors of a dozen types on damaged data
         reason = f"{type(error).__name__}: {error}"
@@ -242,9 +246,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _padded(image: Image.Image, layout: ImageLayout) -> UInt8[Tensor, "p p 3"]:
     """LLaVA's expand2square, the image in the middle of a square of its long side, and the resize.
 
-    Pillow resizes every row by itself before it resizes columns. So rows are padded and resized a few
-    at a time, which gives the same pixels, and the square, which may be many times as large as the
-    image, never lies in memory.
+    Pillow resizes every row by itself before it resizes columns. So rows are padded and resized a
+    few at a time, which gives the same pixels, and the square, which may be many times as large as
+    the image, never lies in memory.
     """
     width, height = image.size
     side = max(image.size)

@@ -33,6 +33,10 @@ VERSION = 2
 BLOCK = 64
 """Least references that are measured and exchanged at once."""
 
+Measured = tuple[Ref, Measure | Bad]
+Block = tuple[list[tuple[int, Ref]], Callable[[], list[Measure | Bad]]]
+"""References of streams that are being measured, and what waits for the result."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
@@ -133,9 +137,11 @@ class Loader:
         self._micro = self.budget.rows // unit
         workers = self.options.workers
         self._ahead = max(self.options.prefetch, -(-workers // self._micro)) if workers else 0
-        self._stop_at = frozenset(
-            why for why, policy in (("long", self.options.over_long == "error"), ("broken", self.options.on_error == "stop")) if policy
-        )
+        stops = {
+            "long": self.options.over_long == "error",
+            "broken": self.options.on_error == "stop",
+        }
+        self._stop_at = frozenset(why for why, stop in stops.items() if stop)
         self._begin()
         desk = Desk(sources=tuple(self.sources), encoder=self.encoder, budget=self.budget, options=self.options)
         self._crew = Crew(workers, desk)
@@ -194,14 +200,21 @@ class Loader:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Up to the last step yielded, over all ranks: `samples` trained, and `epochs` of each source by name (its trained samples by
-        its length); samples `dropped` as longer than a row, `skipped` as unreadable and `reduced` to fewer tiles."""
+        """Up to the last step yielded, over all ranks: `samples` trained, and `epochs` of each
+        source by name (its trained samples by its length); samples `dropped` as longer than a row,
+        `skipped` as unreadable and `reduced` to fewer tiles."""
         state = self.state_dict()
         trained = dict(zip(self._names, state["trained"], strict=True))
-        epochs = {name: trained[name] / length for name, length in zip(self._names, self._lengths, strict=True)}
+        lengths = zip(self._names, self._lengths, strict=True)
+        epochs = {name: trained[name] / length for name, length in lengths}
         draws = state["draws"]
         left_out = {"dropped": draws["left_out"]["long"], "skipped": draws["left_out"]["broken"]}
-        return {"samples": sum(trained.values()), "epochs": epochs, "reduced": draws["reduced"], **left_out}
+        return {
+            "samples": sum(trained.values()),
+            "epochs": epochs,
+            "reduced": draws["reduced"],
+            **left_out,
+        }
 
     @property
     def left_out(self) -> tuple[SampleError, ...]:
@@ -215,20 +228,24 @@ class Loader:
         packed = zip(self._state["trained"], self._names, strict=True)
         draws = self._state["draws"]
         broken = draws["left_out"]["broken"] + len(lost)
-        told = {"left_out": draws["left_out"] | {"broken": broken}, "names": (draws["names"] + lost)[:NAMED]}
-        return self._state | {"trained": [count - by_source[name] for count, name in packed], "draws": draws | told}
+        told = {
+            "left_out": draws["left_out"] | {"broken": broken},
+            "names": (draws["names"] + lost)[:NAMED],
+        }
+        trained = [count - by_source[name] for count, name in packed]
+        return self._state | {"trained": trained, "draws": draws | told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the loader that gave `state` stood, whatever its ranks and workers.
 
-        Raises ValueError if the sources, their weights, the seed or the row length are not those of the state, or if it was
-        saved by a version that packed otherwise.
+        Raises ValueError if the sources, their weights, the seed or the row length are not those of
+        the state, or if it was saved by a version that packed otherwise.
         """
         if state.get("version") != VERSION:
-            raise ValueError(
-                "the saved data state is of a version of neva that trained some samples more often than others: its order cannot be gone on "
-                "with. Finish the run with that version, or start the stage anew from its weights: init.model=CHECKPOINT out=FOLDER"
-            )
+            why = "trained some samples more often than others: its order cannot be gone on with"
+            says = f"the saved data state is of a version of neva that {why}"
+            fix = "Finish the run with that version, or start the stage anew from its weights"
+            raise ValueError(f"{says}. {fix}: init.model=CHECKPOINT out=FOLDER")
         for key, mine in self._identity().items():
             if state.get(key) != mine:
                 raise ValueError(
@@ -243,10 +260,18 @@ class Loader:
         self._step = state["step"]
         self._state = self._snapshot()
 
-    def survey(self, *, most: int | None = None, seconds: float | int = math.inf, strict: bool = True) -> Survey:
-        """Measures all samples, or `most` of them, or, alone, those of so many seconds; all ranks and workers share the work.
+    def survey(
+        self,
+        *,
+        most: int | None = None,
+        seconds: float | int = math.inf,
+        strict: bool = True,
+    ) -> Survey:
+        """Measures all samples, or `most` of them, or, alone, those of so many seconds; all ranks
+        and workers share the work.
 
-        Collective. It does not touch the order. `strict` raises SampleError for a sample at which training would stop.
+        Collective. It does not touch the order. `strict` raises SampleError for a sample at
+        which training would stop.
         """
         assert self.world == 1 or seconds == math.inf, "ranks would stop at different samples"
         end = time.monotonic() + seconds
@@ -273,7 +298,15 @@ class Loader:
     def volume(self, survey: Survey, *, steps: int = 0, epochs: float | int = 0) -> Volume | None:
         """What so many steps hold: `survey.volume`."""
         options = self.options
-        return volume(survey, self.budget, pool=options.pool, seed=options.seed, shuffle=options.shuffle, steps=steps, epochs=epochs)
+        return volume(
+            survey,
+            self.budget,
+            pool=options.pool,
+            seed=options.seed,
+            shuffle=options.shuffle,
+            steps=steps,
+            epochs=epochs,
+        )
 
     def close(self) -> None:
         """Ends the workers."""
@@ -283,14 +316,16 @@ class Loader:
 
     def _begin(self) -> None:
         """Stands before the first sample, with nothing in flight."""
-        self._order = Order(self._blend, self.options.seed, self.options.shuffle)  # ahead of the draws by what is being measured
+        # ahead of the draws by what is being measured
+        self._order = Order(self._blend, self.options.seed, self.options.shuffle)
         self._draws = Draws(self._blend, self._next_measured, self._stop_at)
         self._packer = Packer(self.budget, self._draws, pool=self.options.pool)
         self._trained = [0] * len(self._names)  # samples of each source that were packed
         self._planned: deque[Plan | ValueError] = deque()
-        self._blocks: deque[tuple[list[tuple[int, Ref]], Callable[[], list[Measure | Bad]]]] = deque()
-        self._measured: tuple[deque[tuple[Ref, Measure | Bad]], ...] = tuple(deque() for _ in self._shares)
-        self._ordered = [0] * len(self._shares)  # of each stream: measured, or on the way there, but not yet taken
+        self._blocks: deque[Block] = deque()
+        self._measured: tuple[deque[Measured], ...] = tuple(deque() for _ in self._shares)
+        # of each stream: measured, or on the way there, but not yet taken
+        self._ordered = [0] * len(self._shares)
         self._step, self._last_items = 0, 0
         self._undecoded: list[tuple[str, str, str]] = []
         self._state = self._snapshot()
@@ -345,14 +380,16 @@ class Loader:
     def _read_ahead(self) -> None:
         """Starts measuring: at least a block, with workers about as much as the last step took.
 
-        The streams are kept in store by their shares. One that runs low since many of its samples are left out is filled up first.
+        The streams are kept in store by their shares. One that runs low since many of its samples
+        are left out is filled up first.
         """
         block = max(BLOCK, BLOCK // 4 * self.world)
         least = 1 if not self.options.workers else max(2 * self.options.workers, -(-self._last_items // block)) + 1
         while len(self._blocks) < least:
             refs = []
             for _ in range(block):
-                stored = [count / share for count, share in zip(self._ordered, self._shares, strict=True)]
+                pairs = zip(self._ordered, self._shares, strict=True)
+                stored = [count / share for count, share in pairs]
                 stream = stored.index(min(stored))
                 self._ordered[stream] += 1
                 refs.append((stream, self._order.draw(stream)))

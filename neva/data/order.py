@@ -1,4 +1,5 @@
-"""The global order of samples: a blend of streams, each source shuffled anew in each epoch. A function of the seed alone."""
+"""The global order of samples: a blend of streams, each source shuffled anew in each epoch. A
+function of the seed alone."""
 
 import zlib
 from collections.abc import Sequence
@@ -18,15 +19,18 @@ class Ref(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Blend:
-    """Sources and their weights, as streams: all without a weight are one, which goes through them at one pace; each other is its own.
+    """Sources and their weights, as streams: all without a weight are one, which goes through them
+    at one pace; each other is its own.
 
-    Shares are those of *usable* samples: a stream replaces one that is left out by its next. Raises ValueError for no sources or a bad weight.
+    Shares are those of *usable* samples: a stream replaces one that is left out by its next.
+    Raises ValueError for no sources or a bad weight.
     """
 
     names: tuple[str, ...]
     lengths: tuple[int, ...]
     weights: tuple[float | None, ...]
-    """Relative shares. The stream of sources without a weight weighs as much as they have samples."""
+    """Relative shares. The stream of sources without a weight weighs as much
+    as they have samples."""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -36,9 +40,12 @@ class Blend:
         if min(self.lengths) < 1:
             raise ValueError(f"the source '{self.names[self.lengths.index(min(self.lengths))]}' holds no sample: remove it")
         given = [weight for weight in self.weights if weight is not None]
-        if len(self.weights) != len(self.names) or not all(0 < weight < float("inf") for weight in given):
+        sound = all(0 < weight < float("inf") for weight in given)
+        if len(self.weights) != len(self.names) or not sound:
             told = f"the sources {', '.join(self.names)} have the weights {list(self.weights)}"
-            raise ValueError(f"{told}: each needs one above 0, or none; remove a source to leave it out")
+            raise ValueError(
+                f"{told}: each needs one above 0, or none; remove a source to leave it out",
+            )
 
     @property
     def streams(self) -> tuple[tuple[int, ...], ...]:
@@ -50,12 +57,14 @@ class Blend:
     @property
     def shares(self) -> tuple[float, ...]:
         """Each stream's share of the samples; they add up to 1."""
-        sizes = [sum(float(self.weights[s] or self.lengths[s]) for s in stream) for stream in self.streams]
+        each = [float(w or n) for w, n in zip(self.weights, self.lengths, strict=True)]
+        sizes = [sum(each[source] for source in stream) for stream in self.streams]
         return tuple(size / sum(sizes) for size in sizes)
 
 
 def furthest_behind(shares: Sequence[float], given: Sequence[int]) -> int:
-    """Whose turn it is, after so many were `given` by each: the one whose share of one more is furthest above that."""
+    """Whose turn it is, after so many were `given` by each: the one whose share of one more
+    is furthest above that."""
     number = sum(given) + 1
     behind = [share * number - count for share, count in zip(shares, given, strict=True)]
     return behind.index(max(behind))
@@ -63,7 +72,8 @@ def furthest_behind(shares: Sequence[float], given: Sequence[int]) -> int:
 
 @dataclass
 class Order:
-    """Draws references from each stream forever. `drawn`, how many each source has given, is its whole state."""
+    """Draws references from each stream forever. `drawn`, how many each source has
+    given, is its whole state."""
 
     blend: Blend
     seed: int

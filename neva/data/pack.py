@@ -48,15 +48,18 @@ class Budget:
 
 
 POOL = 128
-"""Samples, from the oldest waiting one on, that packing chooses from. On log-normal lengths as LLaVA's, 32 leave 1.6 % of the rows
-empty, 128 leave 1.2 % and 512 leave 0.9 %; but with 512 a sample may wait for as many rows."""
+"""Samples, from the oldest waiting one on, that packing chooses from. On log-normal lengths as
+LLaVA's, 32 leave 1.6 % of the rows empty, 128 leave 1.2 % and 512 leave 0.9 %; but with 512 a
+sample may wait for as many rows."""
 LEAD = 100
-"""All sources together may be ahead of the order of drawing by one sample in so many packed: shares stay within a percent."""
+"""All sources together may be ahead of the order of drawing by one sample in so many packed: shares
+stay within a percent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A measured sample: its reference, its lengths, and which pass over which source it belongs to."""
+    """A measured sample: its reference, its lengths, and which pass over which
+    source it belongs to."""
 
     ref: Any
     tokens: int
@@ -74,19 +77,23 @@ class Waiting:
     items: tuple[tuple[int, Item], ...]
     """Those that wait, each with its number of arrival, oldest first."""
     due: tuple[int, ...]
-    """Sources of the latest arrivals, as many as wait: what would wait had all left in order of arrival."""
+    """Sources of the latest arrivals, as many as wait: what would wait had all
+    left in order of arrival."""
 
 
 class Packer:
-    """Fills rows from a stream of items: the oldest first, then whatever fits best of the `pool` items that begin with the oldest waiting.
+    """Fills rows from a stream of items: the oldest first, then whatever fits best of the `pool`
+    items that begin with the oldest waiting.
 
     What is promised, whatever the lengths, for sources whose items come epoch by epoch:
 
-    * No item waits for more than 2 * `pool` rows: each row takes one of the `pool` that begin with the oldest.
-    * A source's items leave at most one epoch ahead of its oldest waiting, those of the oldest epoch preferred. So once k times its
-      samples have left, each has left k - 1 to k + 1 times.
-    * All sources together are ahead of the order in which items came by no more than a hundredth of all that left, or by one item less
-      than there are sources. An item whose source is too far ahead waits, even if it is the oldest.
+    * No item waits for more than 2 * `pool` rows: each row takes one of the `pool` that begin with
+      the oldest.
+    * A source's items leave at most one epoch ahead of its oldest waiting, those of the oldest
+      epoch preferred. So once k times its samples have left, each has left k - 1 to k + 1 times.
+    * All sources together are ahead of the order in which items came by no more than a hundredth of
+      all that left, or by one item less than there are sources. An item whose source is too far
+      ahead waits, even if it is the oldest.
 
     Raises ValueError for a `pool` below 1, and from `pop_row` for an item that no row can hold.
     """
@@ -100,14 +107,17 @@ class Packer:
         self._arrived = 0
         self._waiting: dict[int, Item] = {}  # number of arrival -> item, oldest first
         self._due: deque[int] = deque()  # see `Waiting.due`
-        self._lead: dict[int, int] = {}  # source -> items that left beyond those that would have left in order
+        # source -> items that left beyond those that would have left in order
+        self._lead: dict[int, int] = {}
         self._leading = 0  # the sum of leads above 0
         self._epochs: dict[int, dict[int, int]] = {}  # source -> epoch -> items waiting
-        # Keys (tokens, -number) of waiting items, sorted, by how many epochs they are ahead of their source's oldest: 0, 1, more.
+        # Keys (tokens, -number) of waiting items, sorted, by how many epochs they are ahead of
+        # their source's oldest: 0, 1, more.
         self._ahead: tuple[list[tuple[int, int]], ...] = ([], [], [])
 
     def pop_row(self) -> list[Item]:
-        """The next row's items, the oldest first; empty when the stream has ended and all have left."""
+        """The next row's items, the oldest first; empty when the stream has
+        ended and all have left."""
         row: list[Item] = []
         tokens = self.budget.seq_length
         tiles = self.budget.max_tiles
@@ -129,7 +139,11 @@ class Packer:
 
     def state(self) -> Waiting:
         """What a new packer needs to go on, with a stream that goes on."""
-        return Waiting(arrived=self._arrived, items=tuple(self._waiting.items()), due=tuple(self._due))
+        return Waiting(
+            arrived=self._arrived,
+            items=tuple(self._waiting.items()),
+            due=tuple(self._due),
+        )
 
     def restore(self, state: Waiting) -> None:
         """Makes a new packer stand where the one that gave `state` stood."""
@@ -153,7 +167,8 @@ class Packer:
 
     def _put(self, item: Item) -> None:
         if not self.budget.fits(item):
-            limits = f"a row holds {self.budget.seq_length} tokens and {self.budget.max_tiles} tiles"
+            budget = self.budget
+            limits = f"a row holds {budget.seq_length} tokens and {budget.max_tiles} tiles"
             has = f"{item.ref} has {item.tokens} tokens and {item.tiles} tiles"
             raise ValueError(f"{has} but {limits}: leave it out, or raise the batch's limits")
         waiting = self._epochs.setdefault(item.source, {})
@@ -165,11 +180,16 @@ class Packer:
         self._arrived += 1
 
     def _oldest(self) -> int | None:
-        """The oldest item whose source may have its turn. As long as any waits there is one: all sources cannot be ahead."""
-        return next((number for number, item in self._waiting.items() if self._in_turn(item.source)), None)
+        """The oldest item whose source may have its turn. As long as any waits there is one: all
+        sources cannot be ahead."""
+        return next(
+            (number for number, item in self._waiting.items() if self._in_turn(item.source)),
+            None,
+        )
 
     def _best_fit(self, tokens: int, tiles: int) -> int | None:
-        """The longest item that fits, and of those the oldest; one of its source's oldest epoch if any fits."""
+        """The longest item that fits, and of those the oldest; one of its source's
+        oldest epoch if any fits."""
         for keys in self._ahead[:2]:
             for place in range(bisect_right(keys, (tokens, 1)) - 1, -1, -1):
                 number = -keys[place][1]
@@ -179,7 +199,8 @@ class Packer:
         return None
 
     def _in_turn(self, source: int) -> bool:
-        """Whether one more of this source leaves the sources together no further ahead than they may be, or than they are."""
+        """Whether one more of this source leaves the sources together no further ahead than they
+        may be, or than they are."""
         due = self._due[0]
         if source == due or self._lead[source] < 0 or self._lead[due] > 0:
             return True

@@ -201,7 +201,8 @@ def _end(decoder: json.JSONDecoder, text: str, start: int) -> int:
     """The place behind the value that begins at `start`."""
     try:
         return decoder.raw_decode(text, start)[1]
-    except RecursionError:  # it nests too deep: an error of that row, which is found when it is read
+    except RecursionError:
+        # it nests too deep: an error of that row, which is found when it is read
         depth = 0
         for found in _BRACKETS.finditer(text, start):
             depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
@@ -251,7 +252,9 @@ def _image_names(image: object) -> tuple[str, ...]:
         return ()
     names = [image] if isinstance(image, str) else image
     if not isinstance(names, list) or not all(isinstance(name, str) and name and "\0" not in name for name in names):
-        raise ValueError(f"'image' is {reprlib.repr(image)}: write a path or a list of paths, or leave it out")
+        raise ValueError(
+            f"'image' is {reprlib.repr(image)}: write a path or a list of paths, or leave it out",
+        )
     return tuple(names)
 
 

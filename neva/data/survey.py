@@ -1,4 +1,5 @@
-"""How much the steps of a stage hold: samples are measured, then order and packing gone through as training will. No image is decoded."""
+"""How much the steps of a stage hold: samples are measured, then order and packing gone through as
+training will. No image is decoded."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,15 +14,22 @@ from neva.data.pack import Budget, Item, Packer
 from neva.data.sample import SampleError
 
 PROBE = 512
-"""Samples that are measured for an estimate: with lengths as LLaVA's, the samples of a row are right within about 4 %."""
+"""Samples that are measured for an estimate: with lengths as LLaVA's, the samples of a row are
+right within about 4 %."""
 FAR = (20_000, 1_000_000)
-"""Samples that are packed on trial where some, or all, were measured: beyond that the packing is taken to go on in proportion."""
+"""Samples that are packed on trial where some, or all, were measured: beyond that the packing is
+taken to go on in proportion."""
 
 
 def sample_order(lengths: Sequence[int], seed: int) -> list[tuple[int, int]]:
-    """All (source, index) in random order, but for eight of each source that come first: so that each is seen, however small."""
+    """All (source, index) in random order, but for eight of each source that come first: so that
+    each is seen, however small."""
     shuffled = [permutation(length, (seed, number)) for number, length in enumerate(lengths)]
-    first = [(source, int(order[place])) for place in range(8) for source, order in enumerate(shuffled) if place < len(order)]
+    first = []
+    for place in range(8):
+        for source, order in enumerate(shuffled):
+            if place < len(order):
+                first.append((source, int(order[place])))
     rest = [(source, int(index)) for source, order in enumerate(shuffled) for index in order[8:]]
     return first + [rest[place] for place in permutation(len(rest), (seed, len(lengths)))]
 
@@ -32,7 +40,8 @@ class Survey:
 
     blend: Blend
     tokens: tuple[np.ndarray, ...]
-    """Of each source: a sample's tokens, 0 for one that is left out, -1 for one that was not measured."""
+    """Of each source: a sample's tokens, 0 for one that is left out, -1 for one
+    that was not measured."""
     tiles: tuple[np.ndarray, ...]
     bad: dict[int, Bad] = field(default_factory=dict)
     """The last sample of each source that is left out."""
@@ -66,17 +75,21 @@ class Survey:
     def usable(self) -> float:
         """Samples of all sources that can be trained: counted, or judged by those measured."""
         shares = [(tokens > 0).sum() / max(1, (tokens >= 0).sum()) for tokens in self.tokens]
-        return float(sum(share * length for share, length in zip(shares, self.blend.lengths, strict=True)))
+        return float(
+            sum(share * length for share, length in zip(shares, self.blend.lengths, strict=True)),
+        )
 
     def barren(self) -> Bad | None:
-        """Why a sample of a stream is left out of which none was found usable; None if there is no such stream."""
+        """Why a sample of a stream is left out of which none was found usable; None if
+        there is no such stream."""
         for stream in self.blend.streams:
             if not any((self.tokens[source] > 0).any() for source in stream):
                 return next((self.bad[source] for source in stream if source in self.bad), None)
         return None
 
     def items(self, *, seed: int, shuffle: bool) -> Iterator[Item]:
-        """What the loader's packer gets, in its order; in place of a sample that was not measured, another of its source."""
+        """What the loader's packer gets, in its order; in place of a sample that was not measured,
+        another of its source."""
         order = Order(self.blend, seed, shuffle)
         known = [np.flatnonzero(tokens >= 0) for tokens in self.tokens]
 
@@ -112,8 +125,11 @@ class Volume:
         shown = [f"{epochs:.3g} of {name}" for name, epochs in self.epochs.items()]
         if len(shown) > MOST_SHOWN:
             shown = [*shown[:MOST_SHOWN], f"… ({len(shown)} sources)"]
-        passes = f"{next(iter(self.epochs.values())):.3g} epochs" if len(shown) == 1 else f"epochs: {', '.join(shown)}"
-        held = f"{self.steps:,} steps are {self.rows:,} rows, {about}{self.samples:,} samples, {about}{passes}"
+        passes = f"epochs: {', '.join(shown)}"
+        if len(shown) == 1:
+            passes = f"{next(iter(self.epochs.values())):.3g} epochs"
+        samples = f"{about}{self.samples:,} samples, {about}{passes}"
+        held = f"{self.steps:,} steps are {self.rows:,} rows, {samples}"
         estimated = f"; estimated from {self.measured:,} measured samples" if self.measured else ""
         return f"{held}; {self.padding:.1%} padding{estimated}"
 
@@ -122,17 +138,29 @@ def told(found: Volume | None, survey: Survey) -> str:
     """One line of it, to print."""
     if found is not None:
         return str(found)
-    return f"what its steps hold is not known: none of a source's samples can be used, of {survey.measured:,} that were measured"
+    none = f"none of a source's samples can be used, of {survey.measured:,} that were measured"
+    return f"what its steps hold is not known: {none}"
 
 
 MOST_SHOWN = 6
 """Sources whose epochs a line tells."""
 
 
-def volume(survey: Survey, budget: Budget, *, pool: int, seed: int, shuffle: bool, steps: int = 0, epochs: float | int = 0) -> Volume | None:
-    """What so many steps hold, or as many as train `epochs` times the usable samples (rounded up to whole steps).
+def volume(
+    survey: Survey,
+    budget: Budget,
+    *,
+    pool: int,
+    seed: int,
+    shuffle: bool,
+    steps: int = 0,
+    epochs: float | int = 0,
+) -> Volume | None:
+    """What so many steps hold, or as many as train `epochs` times the usable samples
+    (rounded up to whole steps).
 
-    None if too little was measured to tell. Raises ValueError if all was and a source, or all without a weight, has no usable sample.
+    None if too little was measured to tell. Raises ValueError if all was and a source, or all
+    without a weight, has no usable sample.
     """
     if bad := survey.barren():
         if survey.complete:
@@ -146,7 +174,10 @@ def volume(survey: Survey, budget: Budget, *, pool: int, seed: int, shuffle: boo
     wanted = epochs * survey.usable
     while sum(counts) < far:
         # The rows up to the end of the step in which the wanted samples are reached.
-        if done == steps * budget.rows if steps else sum(counts) >= wanted and done % budget.rows == 0:
+        reached = sum(counts) >= wanted and done % budget.rows == 0
+        if steps:
+            reached = done == steps * budget.rows
+        if reached:
             break
         row = next(rows)
         done += 1

@@ -77,10 +77,8 @@ def render(template: Template, turns: Sequence[Turn], *, system: str | None = No
     if [turn.role for turn in talk] != [("user", "assistant")[i % 2] for i in range(len(talk))] or len(talk) % 2 != (0 if answer else 1) or not talk:
         wanted = "end with an answer" if answer else "hold a question"
         raise ValueError(f"its turns are {', '.join(turn.role for turn in turns) or 'none'}: they must alternate, user first, and {wanted}")
-    form, images = (
-        template.form,
-        sum(turn.text.count(MARKER) for turn in talk if turn.role == "user"),
-    )
+    form = template.form
+    images = sum(turn.text.count(MARKER) for turn in talk if turn.role == "user")
     message = next(text for text in (own, system, template.system) if text is not None)
     if message:
         talk.insert(0, Turn(role="system", text=message))
@@ -112,8 +110,9 @@ def check(template: Template, *, images: bool = False, system: bool = False) -> 
 
 
 def prompts(template: Template, talks: Sequence[Sequence[Turn]], form: Form) -> list[str]:
-    """What is written, in a form that need not be proven, to ask for an answer in each conversation:
-    images and end tokens as signs, no start token at the front. ValueError where it refuses."""
+    """What is written, in a form that need not be proven, to ask for an answer in each
+    conversation: images and end tokens as signs, no start token at the front.
+    ValueError where it refuses."""
     if template.ours:
         drawn = [_spelled(render(template, turns, answer=False)) for turns in talks]
     else:

@@ -37,7 +37,8 @@ FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", *
 
 
 IMAGE_PARTS = "text_behind_image_begins"
-"""Key that an export adds to tokenizer_config.json for `Tokenizer.image_parts`: a tokenizer.json cannot say it."""
+"""Key that an export adds to tokenizer_config.json for `Tokenizer.image_parts`: a
+tokenizer.json cannot say it."""
 
 
 class Tokenizer(ABC):
@@ -53,7 +54,8 @@ class Tokenizer(ABC):
     def encode(self, text: str, *, first: bool = True) -> list[int]:
         """Token ids of a text; special tokens spelled in it become their ids, none is added.
 
-        `first` is false for a text that goes on behind a special token: some tokenizers then put no space before it.
+        `first` is false for a text that goes on behind a special token: some tokenizers then put no
+        space before it.
         """
 
     @abstractmethod
@@ -102,13 +104,15 @@ class Tokenizer(ABC):
 
     @property
     def image_parts(self) -> bool:
-        """Is the text behind an image encoded as if a new text began, as LLaVA does? Else as behind a special token."""
+        """Is the text behind an image encoded as if a new text began, as LLaVA does? Else as
+        behind a special token."""
         return self._config.get(IMAGE_PARTS) is True
 
     @property
     @abstractmethod
     def gap(self) -> str:
-        """What must stand between a special token and a text for the text to have the ids of a first one: a space or nothing."""
+        """What must stand between a special token and a text for the text to have the ids of a
+        first one: a space or nothing."""
 
     @property
     @abstractmethod
@@ -142,11 +146,13 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A `.model` file (Llama-2, Vicuna, Mistral), read by SentencePiece as LLaVA does through transformers' slow LlamaTokenizer.
+    """A `.model` file (Llama-2, Vicuna, Mistral), read by SentencePiece as LLaVA does through
+    transformers' slow LlamaTokenizer.
 
-    A text is split at its special and added tokens, and SentencePiece encodes each part between by itself. With the file's own
-    setting add_dummy_prefix it puts a space before a part: before every one where the folder does not say `legacy: false`
-    ("</s>USER" has the ids of "</s>" and " USER"), else before the first alone.
+    A text is split at its special and added tokens, and SentencePiece encodes each part between by
+    itself. With the file's own setting add_dummy_prefix it puts a space before a part: before every
+    one where the folder does not say `legacy: false` ("</s>USER" has the ids of "</s>" and
+    " USER"), else before the first alone.
     """
 
     @property
@@ -176,7 +182,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def says_legacy(self) -> bool:
-        """Does the folder say how text behind a special token is read? Where not, it is as in LLaVA's time."""
+        """Does the folder say how text behind a special token is read? Where not, it
+        is as in LLaVA's time."""
         return isinstance(self._config.get("legacy"), bool)
 
     @cached_property
@@ -202,7 +209,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _special(self) -> dict[str, int]:
-        """What a text is split at, by text: the model's special tokens and those that were added."""
+        """What a text is split at, by text: the model's special tokens and
+        those that were added."""
         size = self._model.get_piece_size()
         own = [id for id in range(size) if self._model.is_control(id) or id == self._model.unk_id()]
         added = {token.text: id for id, token in self._added.items()}
@@ -295,7 +303,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.id_to_piece(id) if id < self.own_size else str(id)
 
     def as_json(self) -> dict[str, bytes]:
-        """The same tokenizer as a `tokenizer.json` and its config. ValueError for a model that has no such form."""
+        """The same tokenizer as a `tokenizer.json` and its config. ValueError for a model
+        that has no such form."""
         spelled = {id: text for text, id in self._special.items()}
         return from_sentencepiece(
             self.files["tokenizer.model"],
@@ -338,9 +347,12 @@ class JsonTokenizer(Tokenizer):
         try:
             return self._model.encode(text, add_special_tokens=False).ids
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of Rust, for a pattern that takes too long
+            # of Rust, for a pattern that takes too long
+            if type(error).__name__ != "PanicException":
                 raise
-            raise ValueError(f"the tokenizer cannot split a text ({error}): use the model's own tokenizer.json") from None
+            raise ValueError(
+                f"the tokenizer cannot split a text ({error}): use the model's own tokenizer.json",
+            ) from None
 
     @cached_property
     def specials(self) -> tuple[str, ...]:
@@ -355,7 +367,9 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def gap(self) -> str:
-        return " " if self._spaced and self.encode("a", first=True) == self.encode(" a", first=False) else ""
+        if not self._spaced:
+            return ""
+        return " " if self.encode("a", first=True) == self.encode(" a", first=False) else ""
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(id) for id in ids if id >= 0], skip_special_tokens=True)
@@ -415,7 +429,8 @@ def _read(file: Path) -> dict[str, bytes]:
 
 
 def _of_processor(file: Path) -> str:
-    """The chat template in a processor's settings, which goes before others; empty if there is none."""
+    """The chat template in a processor's settings, which goes before others;
+    empty if there is none."""
     if not file.is_file():
         return ""
     settings = json.loads(file.read_bytes())
@@ -424,7 +439,8 @@ def _of_processor(file: Path) -> str:
 
 
 def _added(files: Mapping[str, bytes]) -> dict[int, Added]:
-    """The tokens that a SentencePiece model's neighbours add, by id; also names that they give to pieces of the model."""
+    """The tokens that a SentencePiece model's neighbours add, by id; also names that they give
+    to pieces of the model."""
     config = json.loads(files.get("tokenizer_config.json", b"{}"))
     listed = json.loads(files.get("added_tokens.json", b"{}"))
     added = {id: Added(text=text) for text, id in listed.items()}

@@ -56,11 +56,13 @@ def from_gpt2(vocabulary: bytes, merges: bytes) -> dict[str, bytes]:
 
 
 MOST_GROWTH = 64
-"""How many times as long the replacements of a tokenizer.json may make a text. A space becomes three bytes."""
+"""How many times as long the replacements of a tokenizer.json may make a text. A
+space becomes three bytes."""
 
 
 def check_growth(file: Any) -> None:
-    """ValueError for a tokenizer.json whose replacements, one behind the other, would fill the memory with a text."""
+    """ValueError for a tokenizer.json whose replacements, one behind the other, would fill
+    the memory with a text."""
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         growth = 1.0
         waiting = [file.get(part)] if isinstance(file, dict) else []
@@ -72,11 +74,14 @@ def check_growth(file: Any) -> None:
                 waiting += [step.get(key) for key in ("normalizers", "pretokenizers", "decoders")]
                 growth *= _grows(step) if step.get("type") == "Replace" else 1
         if growth > MOST_GROWTH:
-            raise ValueError(f"the replacements of its {part} make a text over {MOST_GROWTH} times as long")
+            raise ValueError(
+                f"the replacements of its {part} make a text over {MOST_GROWTH} times as long",
+            )
 
 
 def _grows(step: Mapping[str, Any]) -> float:
-    """How many times as long a replacement makes a text; a pattern may stand for a single byte, or for none."""
+    """How many times as long a replacement makes a text; a pattern may stand for a
+    single byte, or for none."""
     pattern = step.get("pattern")
     found = pattern.get("String") if isinstance(pattern, Mapping) else None
     short = len(found.encode()) if isinstance(found, str) else 1
@@ -109,17 +114,20 @@ class Proto:
 
 
 def read_proto(content: bytes) -> Proto:
-    """A SentencePiece file's own settings: a protobuf message, ModelProto in sentencepiece_model.proto."""
+    """A SentencePiece file's own settings: a protobuf message, ModelProto in
+    sentencepiece_model.proto."""
     user_defined = set()
     prefix = True
     bpe = False
     number = 0
     for field, value in _fields(content):
-        if field == 1 and isinstance(value, bytes):  # a piece; its field 3 is its kind, and 4 is USER_DEFINED
+        # a piece; its field 3 is its kind, and 4 is USER_DEFINED
+        if field == 1 and isinstance(value, bytes):
             if dict(_fields(value)).get(3) == 4:
                 user_defined.add(number)
             number += 1
-        elif field == 2 and isinstance(value, bytes):  # how it was trained; 3 is the kind of model, and 2 is BPE
+        elif field == 2 and isinstance(value, bytes):
+            # how it was trained; 3 is the kind of model, and 2 is BPE
             bpe = dict(_fields(value)).get(3, 1) == 2
         elif field == 3 and isinstance(value, bytes):  # how texts are normalised
             prefix = bool(dict(_fields(value)).get(3, prefix))
@@ -127,11 +135,13 @@ def read_proto(content: bytes) -> Proto:
 
 
 WITHOUT_PREFIX = b"\x1a\x02\x18\x00"
-"""Appended to a SentencePiece file it sets add_dummy_prefix=false: a later field 3 of a protobuf message is merged into the first."""
+"""Appended to a SentencePiece file it sets add_dummy_prefix=false: a later field 3 of a protobuf
+message is merged into the first."""
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protobuf message: their numbers and values, whole numbers as int and all others as bytes."""
+    """The fields of a protobuf message: their numbers and values, whole numbers as int
+    and all others as bytes."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -172,11 +182,12 @@ def from_sentencepiece(
     end: str = "",
     start: str | None = None,
 ) -> dict[str, bytes]:
-    """Files of a tokenizer from a SentencePiece BPE model, read as LLaVA and transformers' slow LlamaTokenizer read it.
+    """Files of a tokenizer from a SentencePiece BPE model, read as LLaVA and transformers'
+    slow LlamaTokenizer read it.
 
-    `added`: tokens by id. `prefix`: a text begins with a space, with `legacy` also behind a special token (and, which
-    SentencePiece does not, behind a user-defined piece). `end` ends an answer, the model's own if empty; `start` is put
-    before every text.
+    `added`: tokens by id. `prefix`: a text begins with a space, with `legacy` also behind a special
+    token (and, which SentencePiece does not, behind a user-defined piece). `end` ends an answer,
+    the model's own if empty; `start` is put before every text.
     ValueError for a model that is not BPE with byte fallback, whose segmentation is another, and for added ids with gaps.
     """
     model = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -184,29 +195,46 @@ def from_sentencepiece(
     size = model.get_piece_size()
     if not proto.bpe or not any(model.is_byte(id) for id in range(size)):
         kind = "has no byte fallback" if proto.bpe else "is no BPE but a unigram model"
-        raise ValueError(f"the SentencePiece model {kind}; only Llama's kind (BPE with bytes) can be written as tokenizer.json")
+        only = "only Llama's kind (BPE with bytes) can be written as tokenizer.json"
+        raise ValueError(f"the SentencePiece model {kind}; {only}")
     pieces = {id: model.id_to_piece(id) for id in range(size)}
     pieces |= {id: token.text for id, token in (added or {}).items() if id < size}
     vocabulary = {piece: id for id, piece in pieces.items()}
     unknown = pieces[model.unk_id()]
     merges = _merges(vocabulary, model)
-    built = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    built = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True),
+    )
     spaces = [normalizers.Prepend("▁")] if prefix and legacy else []
     if prefix and not legacy:
-        built.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+        built.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement="▁",
+            prepend_scheme="first",
+            split=False,
+        )
     else:
         built.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    whole = model if prefix else sentencepiece.SentencePieceProcessor(model_proto=content + WITHOUT_PREFIX)
+    built.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip],
+    )
+    whole = model
+    if not prefix:
+        whole = sentencepiece.SentencePieceProcessor(model_proto=content + WITHOUT_PREFIX)
     if built.encode(PROBE).ids != whole.encode(PROBE):
-        raise ValueError("the SentencePiece model splits or normalises text as no tokenizer.json of Llama's kind does (NFKC)")
+        does = "splits or normalises text as no tokenizer.json of Llama's kind does (NFKC)"
+        raise ValueError(f"the SentencePiece model {does}")
     special = [id for id in range(size) if model.is_control(id) or id == model.unk_id()]
-    built.add_special_tokens([AddedToken(pieces[id], normalized=False, special=True) for id in special])
-    built.add_tokens([AddedToken(pieces[id], normalized=False, special=False) for id in sorted(proto.user_defined)])
+    built.add_special_tokens(
+        [AddedToken(pieces[id], normalized=False, special=True) for id in special],
+    )
+    defined = [pieces[id] for id in sorted(proto.user_defined)]
+    built.add_tokens([AddedToken(text, normalized=False, special=False) for text in defined])
     for id, token in sorted((added or {}).items()):
         strips = {"lstrip": token.lstrip, "rstrip": token.rstrip}
-        built.add_tokens([AddedToken(token.text, normalized=False, special=token.special, **strips)])
+        built.add_tokens(
+            [AddedToken(token.text, normalized=False, special=token.special, **strips)],
+        )
         if built.token_to_id(token.text) != id:
             raise ValueError(gap_in_ids(token.text, id, size))
     return _files(built, end or pieces[model.eos_id()], start, {"unk_token": unknown})
@@ -214,11 +242,16 @@ def from_sentencepiece(
 
 def gap_in_ids(text: str, id: int, size: int) -> str:
     """What to say of an added token whose id is not the next one."""
-    return f"the added token {text!r} has id {id}, which leaves a gap behind the model's {size} tokens; use its tokenizer.json"
+    gap = f"leaves a gap behind the model's {size} tokens"
+    return f"the added token {text!r} has id {id}, which {gap}; use its tokenizer.json"
 
 
-def _merges(vocabulary: Mapping[str, int], model: sentencepiece.SentencePieceProcessor) -> list[tuple[str, str]]:
-    """Pairs of pieces that make another piece, in the order in which SentencePiece joins them: by the score of what they make."""
+def _merges(
+    vocabulary: Mapping[str, int],
+    model: sentencepiece.SentencePieceProcessor,
+) -> list[tuple[str, str]]:
+    """Pairs of pieces that make another piece, in the order in which SentencePiece joins them: by
+    the score of what they make."""
     scored = []
     for piece, id in vocabulary.items():
         if model.is_control(id) or model.is_byte(id) or model.is_unknown(id):
@@ -227,7 +260,9 @@ def _merges(vocabulary: Mapping[str, int], model: sentencepiece.SentencePiecePro
             left = piece[:at]
             right = piece[at:]
             if left in vocabulary and right in vocabulary:
-                scored.append((-model.get_score(id), vocabulary[left], vocabulary[right], left, right))
+                scored.append(
+                    (-model.get_score(id), vocabulary[left], vocabulary[right], left, right),
+                )
     return [(left, right) for *_, left, right in sorted(scored)]
 
 

@@ -65,7 +65,9 @@ def _plot(title: str, lines: Sequence[dict]) -> Plot:
         Curve(name=kind or "all", colour=COLOURS[i % len(COLOURS)], points=" ".join(place(*point) for point in series[kind]))
         for i, kind in enumerate(kinds)
     )
-    ticks = tuple(((HEIGHT - BOTTOM) * (1 - share) + 4, f"{top * share:.2g}") for share in (0.0, 0.25, 0.5, 0.75, 1.0))
+    height = HEIGHT - BOTTOM
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    ticks = tuple((height * (1 - share) + 4, f"{top * share:.2g}") for share in shares)
     return Plot(title=title, curves=curves, ticks=ticks, first=first, last=last)
 
 

@@ -90,9 +90,10 @@ def load(
 ) -> Loaded:
     """Load a checkpoint (a `step_N` folder or a run folder) for inference.
 
-    `precision` is fp32, bf16, or auto: bf16 on CUDA, fp32 on the CPU. `trust_code` lets the function
-    run that the checkpoint names in `image.process`. Raises ValueError for a broken or missing
-    checkpoint, and for one with such a function that is not trusted.
+    `precision` is fp32, bf16, or auto: bf16 on CUDA, fp32 on the CPU.
+    `trust_code` lets the function run that the checkpoint names in `image.process`.
+    Raises ValueError for a broken or missing checkpoint, and for one with such a function that is
+    not trusted.
     """
     checkpoint = store.open_checkpoint(Path(path))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -148,17 +149,23 @@ def lay_out_for_decoding(model: VLM) -> None:
 
 
 def unanswerable(loaded: Loaded, prompt: Encoded) -> SampleError | None:
-    """The error of a prompt that leaves the model no position, or has a token that it does not know; None for others."""
+    """The error of a prompt that leaves the model no position, or has a token that it does not
+    know; None for others."""
     decoder = loaded.model.config.decoder
     highest = max(prompt.tokens.tolist(), default=0)
     if highest >= decoder.vocab:
         token = loaded.encoder.tokenizer.spell(highest)
-        has = f"its prompt holds {token!r}, a token (number {highest}) that was added to the tokenizer"
-        return SampleError(*prompt.key, f"{has} and not to the model's {decoder.vocab}: leave it out, or train the model with it")
+        has = f"its prompt holds {token!r}, a token (number {highest}) that was added"
+        where = f"to the tokenizer and not to the model's {decoder.vocab}"
+        fix = "leave it out, or train the model with it"
+        return SampleError(*prompt.key, f"{has} {where}: {fix}")
     if len(prompt.tokens) < decoder.reach:
         return None
     has = f"its prompt has {len(prompt.tokens)} tokens"
-    return SampleError(*prompt.key, f"{has} but the model's positions end at {decoder.reach}: shorten it")
+    return SampleError(
+        *prompt.key,
+        f"{has} but the model's positions end at {decoder.reach}: shorten it",
+    )
 
 
 def generate(loaded: Loaded, samples: Sequence[Sample], sampling: Sampling | None = None) -> list[Answer]:

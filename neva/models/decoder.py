@@ -28,10 +28,11 @@ HEAD_KEPT = 2**25
 
 
 LIMITS: Limits = {
-    "vocab": (1, 2**24), "width": (1, 2**20), "layers": (1, 2**10), "heads": (1, 2**14), "kv_heads": (1, 2**14),
-    "ffn": (1, 2**22), "head_width": (1, 2**14), "window": (0, 2**40), "max_positions": (1, 2**31),
-    "experts": (0, 2**14), "active_experts": (1, 2**14), "eps": (0.0, 1.0), "rope_theta": (1e-3, 1e15),
-    "rotary_fraction": (0.0, 1.0), "balance": (0.0, 1e6),
+    "vocab": (1, 2**24), "width": (1, 2**20), "layers": (1, 2**10),
+    "heads": (1, 2**14), "kv_heads": (1, 2**14), "head_width": (1, 2**14), "ffn": (1, 2**22),
+    "window": (0, 2**40), "max_positions": (1, 2**31),
+    "experts": (0, 2**14), "active_experts": (1, 2**14), "eps": (0.0, 1.0),
+    "rope_theta": (1e-3, 1e15), "rotary_fraction": (0.0, 1.0), "balance": (0.0, 1e6),
 }  # fmt: skip
 """Least and most of each number of a decoder; no model comes near the most."""
 

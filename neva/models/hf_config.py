@@ -188,11 +188,16 @@ def vision_config(config: Json, *, select_layer: int = -2, feature: Feature | No
     family = _family(config, VISION)
     values = _values(family, {**family.defaults, **config})
     values |= {name: _square(values[name]) for name in ("image", "patch")}
-    _built(VisionConfig, family, {**values, "select_layer": 0})  # for its errors: what follows computes with these
+    # for its errors: what follows computes with these
+    _built(VisionConfig, family, {**values, "select_layer": 0})
     head = values["width"] // values["heads"]
     if qkv_rows and qkv_rows != 3 * values["width"]:
         values |= {"heads": qkv_rows // (3 * head), "head_width": head}
-    return _built(VisionConfig, family, {**values, "select_layer": select_layer, "feature": feature})
+    return _built(
+        VisionConfig,
+        family,
+        {**values, "select_layer": select_layer, "feature": feature},
+    )
 
 
 def _peer_vision(config: Json, select_layer: int, feature: Feature) -> VisionConfig:
@@ -210,7 +215,10 @@ def _peer_vision(config: Json, select_layer: int, feature: Feature) -> VisionCon
         "width": config["hidden_size"],
         "layers": config["num_hidden_layers"],
         "heads": config["num_attention_heads"],
-        "ffn": config.get("intermediate_size", int(config["hidden_size"] * config.get("mlp_ratio", 4))),
+        "ffn": config.get(
+            "intermediate_size",
+            int(config["hidden_size"] * config.get("mlp_ratio", 4)),
+        ),
         "class_token": not config["model_type"].startswith("siglip"),
         "select_layer": select_layer,
         "feature": feature,
@@ -304,7 +312,9 @@ def _values(family: Family, c: Json) -> dict[str, Any]:
         value = c.get(theirs)
         if ours == "window":
             if value == 0:
-                raise ValueError(f"config.json says {theirs}=0, in which no token sees any; null is no window.")
+                raise ValueError(
+                    f"config.json says {theirs}=0, in which no token sees any; null is no window.",
+                )
             value = value or 0
         for name in (ours,) if isinstance(ours, str) else ours:
             values[name] = WORDS.get(value, value) if isinstance(value, str) else value
@@ -327,9 +337,13 @@ def _built(cls: type[T], family: Family, values: Mapping[str, Any]) -> T:
         return tree.from_dict(cls, values)
     except ValueError as error:
         ours = re.match(r"(\w+)[:=]", str(error))
-        spelled = {name: theirs for theirs, names in family.fields.items() for name in _tupled(names)}
+        spelled = {}
+        for theirs, names in family.fields.items():
+            spelled |= dict.fromkeys(_tupled(names), theirs)
         theirs = spelled.get(ours[1]) if ours else None
-        raise ValueError(f"config.json says {theirs}={values[ours[1]]!r}: {error}" if ours and theirs else str(error)) from None
+        if not (ours and theirs):
+            raise ValueError(str(error)) from None
+        raise ValueError(f"config.json says {theirs}={values[ours[1]]!r}: {error}") from None
 
 
 def _tupled(names: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -56,10 +56,17 @@ def make(config: dict[str, Any]) -> nn.Module:
         described = AutoConfig.for_model(config["model_type"], **fields)
         with no_init_weights(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return AutoModel.from_config(described, attn_implementation="sdpa", trust_remote_code=False)
-    except Exception as error:  # transformers checks little: a field of a wrong kind raises whatever it meets
+            return AutoModel.from_config(
+                described,
+                attn_implementation="sdpa",
+                trust_remote_code=False,
+            )
+    except Exception as error:
+        # transformers checks little: a field of a wrong kind raises whatever it meets
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"vision.hf_config: transformers builds no vision model of it ({reason}).") from None
+        raise ValueError(
+            f"vision.hf_config: transformers builds no vision model of it ({reason}).",
+        ) from None
 
 
 def _cut(pixels: Float[Tensor, "n c h w"], patch: int) -> dict[str, Tensor]:

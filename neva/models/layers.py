@@ -33,7 +33,12 @@ class RopeScaling:
     """llama3: positions that the model was first trained on."""
 
     def __post_init__(self):
-        limits: Limits = {"factor": (0.0, 1e6), "low": (0.0, 1e6), "high": (0.0, 1e6), "original": (1, 2**31)}
+        limits: Limits = {
+            "factor": (0.0, 1e6),
+            "low": (0.0, 1e6),
+            "high": (0.0, 1e6),
+            "original": (1, 2**31),
+        }
         check_numbers(self, limits)
         if self.factor < 1:
             raise ValueError(f"factor={self.factor} must be at least 1.")

@@ -20,8 +20,8 @@ Feature = Literal["patch", "cls_patch"]
 
 
 LIMITS: Limits = {
-    "image": (1, 2**14), "patch": (1, 2**14), "width": (1, 2**20), "layers": (1, 2**10), "heads": (1, 2**14),
-    "ffn": (1, 2**22), "head_width": (1, 2**14), "eps": (0.0, 1.0),
+    "image": (1, 2**14), "patch": (1, 2**14), "width": (1, 2**20), "layers": (1, 2**10),
+    "heads": (1, 2**14), "ffn": (1, 2**22), "head_width": (1, 2**14), "eps": (0.0, 1.0),
 }  # fmt: skip
 """Least and most of each number of an encoder; no model comes near the most."""
 
@@ -70,7 +70,9 @@ class VisionConfig:
     def __post_init__(self):
         check_numbers(self, LIMITS)
         if min(self.std) <= 0 or not all(map(math.isfinite, (*self.mean, *self.std))):
-            raise ValueError(f"mean={self.mean} and std={self.std} must be finite, and std above 0.")
+            raise ValueError(
+                f"mean={self.mean} and std={self.std} must be finite, and std above 0.",
+            )
         if (self.backend == "hf") != bool(self.hf_config):
             raise ValueError(f"backend={self.backend}: hf needs hf_config, the config.json of a transformers vision model, and native has none.")
         if not 0 < self.patch <= self.image:

@@ -48,7 +48,8 @@ class ImageConfig:
     """Are tags tokenised by themselves, as in NVLM's training, or with the text before them, as the released model's code does?"""
     resample: Resample = "bicubic"
     resize: Literal["exact", "fast"] = "exact"
-    """Pillow's own resize, or torch's, which is several times as fast and within 2 levels of 255 of it.
+    """Pillow's own resize, or torch's, which is several times as fast and
+    within 2 levels of 255 of it.
 
     A few values in a thousand of a bicubic one differ more, by up to 15, at hard edges.
     """
@@ -60,8 +61,12 @@ class ImageConfig:
     """A function of yours in place of `aspect`, as `module:name`; it takes a Pillow image and the `ImageLayout`, and gives its tile."""
 
     def __post_init__(self):
-        check_numbers(self, {"min_tiles": (1, 2**10), "max_tiles": (1, 2**10), "box_scale": (1, 2**20)})
-        if len(self.pinpoints) > 2**10 or any(not 1 <= side <= 2**16 for pair in self.pinpoints for side in pair):
+        check_numbers(
+            self,
+            {"min_tiles": (1, 2**10), "max_tiles": (1, 2**10), "box_scale": (1, 2**20)},
+        )
+        sides = [side for pair in self.pinpoints for side in pair]
+        if len(self.pinpoints) > 2**10 or not all(1 <= side <= 2**16 for side in sides):
             raise ValueError("pinpoints must be at most 1,024 pairs of 1 to 65,536 pixels.")
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ValueError(f"min_tiles={self.min_tiles} and max_tiles={self.max_tiles}: need 1 <= min_tiles <= max_tiles.")
@@ -343,7 +348,8 @@ VOCABULARY = ("decoder.embed.weight", "head.weight")
 
 
 def grown(weight: Tensor, rows: int) -> Tensor:
-    """A matrix of the vocabulary [v, d] with `rows` rows: each new one is the mean of the others, so that a new token is never the likeliest."""
+    """A matrix of the vocabulary [v, d] with `rows` rows: each new one is the mean of the others,
+    so that a new token is never the likeliest."""
     mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
     return torch.cat((weight, mean.expand(rows - weight.shape[0], -1)))
 

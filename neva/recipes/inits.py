@@ -135,7 +135,8 @@ def _filled(stage: TrainConfig, place: Callable[[InitConfig], Places]) -> TrainC
 
 
 def _chat_format(places: Places) -> tuple[str, str | None] | None:
-    """Template and system message of a whole model, None where there is none that asks questions."""
+    """Template and system message of a whole model, None where there is none that asks
+    questions."""
     if "model" not in places:
         return None
     found = look(*places["model"])
@@ -148,7 +149,8 @@ def _is_caption(template: str) -> bool:
 
 
 def own_format(stage: TrainConfig, place: Callable[[InitConfig], Places]) -> str | None:
-    """The chat format of the model that a stage starts from; None where its `init` names no text."""
+    """The chat format of the model that a stage starts from; None where its
+    `init` names no text."""
     places = place(stage.init)
     part = next((part for part in ("model", "decoder") if part in places), "")
     return look(*places[part]).template if part else None
@@ -183,11 +185,15 @@ def said_of_format(asked: TrainConfig, stage: TrainConfig, own: str | None) -> s
     mine = stage.data.template
     if mine != own:
         kept = f"data.template={OWN} takes that"
-        return f"Stage {stage.name} trains in the chat format {_called(mine)} and not in its model's, {_called(own)}: {kept}"
+        trains = f"trains in the chat format {_called(mine)} and not in its model's, {_called(own)}"
+        return f"Stage {stage.name} {trains}: {kept}"
     if recipes in (own, OWN, ""):
         return ""
-    kept = f"say so with data.template={recipes} to keep it" if recipes in TEMPLATES else "name it with data.template to keep it"
-    return f"Stage {stage.name}: init.model brings its chat format, {_called(own)} (the recipe has {_called(recipes)}; {kept})"
+    kept = "name it with data.template to keep it"
+    if recipes in TEMPLATES:
+        kept = f"say so with data.template={recipes} to keep it"
+    brings = f"init.model brings its chat format, {_called(own)}"
+    return f"Stage {stage.name}: {brings} (the recipe has {_called(recipes)}; {kept})"
 
 
 def _called(template: str) -> str:
@@ -225,7 +231,8 @@ def check_fit(stage: TrainConfig, places: Places) -> None:
             fix = f"set model.decoder.cross_layers={list(crossed)}, or init.cross=fresh"
             raise ValueError(f"stage {stage.name}: init.{field} has cross-attention in layers {list(crossed)}, the model in {list(layers)}: {fix}")
         parts -= set() if crossed and layers else {"cross"}
-        wrong = [name for name in mine if part_of(name) in parts and not _fits(name, theirs.get(name), mine[name])]
+        named = [name for name in mine if part_of(name) in parts]
+        wrong = [name for name in named if not _fits(name, theirs.get(name), mine[name])]
         wrong += [name for name in theirs if part_of(name) in parts and name not in mine]
         if wrong:
             one = f"{wrong[0]} has {theirs.get(wrong[0], 'nothing')} there and {mine.get(wrong[0], 'nothing')} here"

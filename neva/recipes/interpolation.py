@@ -61,7 +61,12 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
     twice = next((key for key, count in Counter(keys).items() if count > 1), None)
     if twice is not None:
-        raise yaml.constructor.ConstructorError(None, None, f"the key {twice} stands twice", node.start_mark)
+        raise yaml.constructor.ConstructorError(
+            None,
+            None,
+            f"the key {twice} stands twice",
+            node.start_mark,
+        )
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
@@ -152,7 +157,9 @@ class _Resolver:
         if len(found) == 1:
             return found[0]
         if odd := [one for one in found if not isinstance(one, str | int | float)]:
-            raise _Unknown(f"{'null' if odd[0] is None else reprlib.repr(odd[0])} cannot stand within text")
+            raise _Unknown(
+                f"{'null' if odd[0] is None else reprlib.repr(odd[0])} cannot stand within text",
+            )
         text = list(map(str, found))
         if sum(map(len, text)) > LONGEST:
             raise _Unknown(f"it becomes a text of more than {LONGEST:,} characters")

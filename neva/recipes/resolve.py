@@ -23,7 +23,8 @@ MAKERS: dict[str, Callable[[Path], None]] = {"digits": digits.write, "pages": pa
 
 
 LEAST: dict[str, float] = {
-    "epochs": 0, "seed": 0, "optim.lr": 0, "optim.min_lr": 0, "optim.warmup": 0, "optim.weight_decay": 0, "optim.clip": 0,
+    "epochs": 0, "seed": 0,
+    "optim.lr": 0, "optim.min_lr": 0, "optim.warmup": 0, "optim.weight_decay": 0, "optim.clip": 0,
     "checkpoint.every": 0, "checkpoint.keep_last": 0, "checkpoint.keep_every": 0, "log.every": 0, "evaluate.every": 0,
 }  # fmt: skip
 """Key of a stage -> its least value."""
@@ -46,7 +47,8 @@ def resolve(stages: tuple[TrainConfig, ...]) -> tuple[TrainConfig, ...]:
 
 
 def with_epochs(overrides: Sequence[str]) -> list[str]:
-    """The overrides, of which the later of `steps=` and `epochs=` counts: steps take back the epochs that a recipe may have."""
+    """The overrides, of which the later of `steps=` and `epochs=` counts: steps take back the
+    epochs that a recipe may have."""
     changed = []
     for text in overrides:
         key = text.partition("=")[0]
@@ -73,7 +75,8 @@ def say_templates(stages: tuple[TrainConfig, ...], say: Callable[[str], None]) -
             lacking.setdefault(template.jinja, []).append(stage.name)
     for names in lacking.values():
         where = f"the chat template of {', '.join(names)} ends no answer"
-        say(f"{where}: the tokenizer's end token is put behind each and learnt; an export writes the template with it")
+        learnt = "the tokenizer's end token is put behind each and learnt"
+        say(f"{where}: {learnt}; an export writes the template with it")
 
 
 def check_systems(stages: tuple[TrainConfig, ...]) -> None:
@@ -198,8 +201,9 @@ def _check_sizes(stage: TrainConfig) -> None:
     if size > decoder.vocab:
         rows = -(-size // 64) * 64
         has = f"the tokenizer has {size} tokens but model.decoder.vocab={decoder.vocab}"
-        fix = f"set model.decoder.vocab={rows}; weights that init names get new rows, each the mean of the others"
-        raise ValueError(f"{has}; {fix}")
+        fix = f"set model.decoder.vocab={rows}"
+        then = "weights that init names get new rows, each the mean of the others"
+        raise ValueError(f"{has}; {fix}; {then}")
     if stage.batch.seq_length > decoder.reach:
         limit = f"model.decoder.max_positions={decoder.max_positions}" + (
             " stretched by rope_scaling" if decoder.reach > decoder.max_positions else ""

@@ -20,7 +20,12 @@ PATIENCE = 60.0
 """Seconds that a dry run measures."""
 
 
-def with_steps(stages: tuple[TrainConfig, ...], *, found: Path | None, say: Callable[[str], None]) -> tuple[TrainConfig, ...]:
+def with_steps(
+    stages: tuple[TrainConfig, ...],
+    *,
+    found: Path | None,
+    say: Callable[[str], None],
+) -> tuple[TrainConfig, ...]:
     """The stages with the steps that their `epochs` mean. All ranks measure a share of the samples.
 
     A run that goes on from the checkpoint `found` keeps the steps that it began with, unless its

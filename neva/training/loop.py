@@ -125,10 +125,12 @@ def _find(stages: tuple[TrainConfig, ...], resume: str, say: Say) -> Path | None
 
 
 def _with_date(stages: tuple[TrainConfig, ...], found: Path | None) -> tuple[TrainConfig, ...]:
-    """The stages with the date that chat templates tell: that of the run which goes on, else today's."""
+    """The stages with the date that chat templates tell: that of the run which
+    goes on, else today's."""
     saved = store.load_config(found).get("date") if found is not None else ""
     begun = saved or ranks.share(date.today().isoformat())[0]
-    return tuple(replace(stage, data=replace(stage.data, date=stage.data.date or begun)) for stage in stages)
+    dated = [replace(stage.data, date=stage.data.date or begun) for stage in stages]
+    return tuple(replace(stage, data=data) for stage, data in zip(stages, dated, strict=True))
 
 
 def _position(stages: tuple[TrainConfig, ...], found: Path | None) -> tuple[int, bool]:

@@ -88,7 +88,8 @@ class StepReport:
     samples: int
     """Samples trained so far in this stage."""
     epochs: dict[str, float]
-    """Source -> its samples trained so far in this stage, by its length: passes over it, if none is left out."""
+    """Source -> its samples trained so far in this stage, by its length: passes over
+    it, if none is left out."""
     skipped_samples: int
     """Unreadable or over-long samples so far, counted in each epoch anew. Those met among the
     samples that packing chooses from (`data.pool`) are counted already."""

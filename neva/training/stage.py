@@ -195,7 +195,16 @@ def make_loader(config: TrainConfig, tokenizer: Tokenizer, *, rank: int = 0, wor
     sources = [make_source(source, seed=config.seed) for source in data.blend]
     weights = [source.weight for source in data.blend]
     share = ranks.share if world > 1 else alone  # a dry run has no ranks
-    return Loader(sources, encoder, budget, options, weights=weights, rank=rank, world=world, share=share)
+    return Loader(
+        sources,
+        encoder,
+        budget,
+        options,
+        weights=weights,
+        rank=rank,
+        world=world,
+        share=share,
+    )
 
 
 def make_source(config: SourceConfig, *, seed: int = 0) -> LlavaSource | MockSource:

@@ -33,8 +33,12 @@ def train(out: Path, *more: str, resume: str | None = None) -> Path:
     return api.train("llava-tiny/finetune", overrides, resume=resume, say=lambda _: None)
 
 
-def test_a_run_that_goes_on_another_day_is_the_undisturbed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The date is in config.yaml and in each checkpoint, where an answer to a question takes it too."""
+def test_a_run_that_goes_on_another_day_is_the_undisturbed_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The date is in config.yaml and in each checkpoint, where an answer to a
+    question takes it too."""
     whole = train(tmp_path / "whole")
     train(tmp_path / "cut")
     for name in ("step_4", "latest"):

@@ -1,4 +1,5 @@
-"""The demo, on forty digits and for a few steps: what its report says is what its files and its model say."""
+"""The demo, on forty digits and for a few steps: what its report says is what its
+files and its model say."""
 
 import collections
 import json
@@ -24,7 +25,8 @@ SMALL = (
     "model.decoder.layers=1", "model.vision.layers=1", "log.tensorboard=false", "batch.rows=2", "batch.micro_rows=1",
     "data.pool=16", "pretrain:steps=2", "finetune:steps=3", "optim.lr=0.1", "optim.warmup=1", "finetune:trainable=[*,!projector.*]",
 )  # fmt: skip
-"""The second stage freezes what the first trained, so that it matters which weights are compared."""
+"""The second stage freezes what the first trained, so that it matters which
+weights are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,8 @@ def test_the_report_is_written_and_said(made: Made) -> None:
 
 
 def test_its_accuracy_is_the_models_with_and_without_images(made: Made, tmp_path: Path) -> None:
-    """Asked again by `generate`, question by question, of the file; then of one whose images are black files."""
+    """Asked again by `generate`, question by question, of the file; then of one whose
+    images are black files."""
     run = made.run
     found = made.report
     rows = json.loads((run / "data" / "heldout.json").read_text())
@@ -133,7 +136,8 @@ def test_a_frozen_tensor_that_changed_is_counted(made: Made, tmp_path: Path) -> 
     stages = resolve(api.recipe("demo", [f"out={run}", *SMALL]))
     ends = [run / "checkpoints" / f"step_{step}" for step in (2, 5)]
     frozen = [name for name, _ in api.load(run).model.named_parameters() if not name.startswith("projector.")]
-    trained, changed = frozen_changed(stages[0], ends[1], None)  # the second stage trains all that the first froze
+    # the second stage trains all that the first froze
+    trained, changed = frozen_changed(stages[0], ends[1], None)
     assert trained > 0 and changed == len(frozen)
     assert frozen_changed(stages[0], ends[0], None)[1] == 0
     assert frozen_changed(stages[0], ends[1], ends[0])[1] == len(frozen)

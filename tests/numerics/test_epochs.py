@@ -1,4 +1,5 @@
-"""Runs by epochs: resolved once to steps, saved, kept on resume; what a run, a dry run and its metrics say of samples and epochs."""
+"""Runs by epochs: resolved once to steps, saved, kept on resume; what a run, a dry run and its
+metrics say of samples and epochs."""
 
 import json
 from collections.abc import Callable
@@ -75,7 +76,11 @@ def test_epochs_become_steps_are_saved_and_trained(data: list[str], tmp_path: Pa
     assert last.name == f"step_{sum(stage.steps for stage in saved)}"
 
 
-def test_a_resumed_run_keeps_its_steps_and_measures_nothing(data: list[str], tmp_path: Path, surveys: list[Loader]) -> None:
+def test_a_resumed_run_keeps_its_steps_and_measures_nothing(
+    data: list[str],
+    tmp_path: Path,
+    surveys: list[Loader],
+) -> None:
     plan = stages("llava-tiny", tmp_path / "whole", *data, "epochs=1.5")
     loop.train(plan, say=silent)
     assert len(surveys) == 2
@@ -88,7 +93,14 @@ def test_a_resumed_run_keeps_its_steps_and_measures_nothing(data: list[str], tmp
         raise Enough
 
     source = [f"evaluate.{key.removeprefix('data.')}" for key in data]
-    interrupted = stages("llava-tiny", tmp_path / "cut", *data, "epochs=1.5", *source, "pretrain:evaluate.every=3")
+    interrupted = stages(
+        "llava-tiny",
+        tmp_path / "cut",
+        *data,
+        "epochs=1.5",
+        *source,
+        "pretrain:evaluate.every=3",
+    )
     with pytest.raises(Enough):
         loop.train(interrupted, on_evaluate=stop, say=silent)
     del surveys[:]
@@ -148,16 +160,27 @@ def test_a_run_and_a_dry_run_say_first_what_the_steps_hold(data: list[str], tmp_
     line = f"Stage finetune: 4 steps are 8 rows, {held} samples, {held / 24:.3g} epochs; "
     assert told[0].startswith(line) and "estimated" not in told[0]
     told = []
-    api.dry_run("llava-tiny/finetune", [*SMALL, *data, f"out={tmp_path / 'dry'}", "steps=4"], say=told.append)
+    api.dry_run(
+        "llava-tiny/finetune",
+        [*SMALL, *data, f"out={tmp_path / 'dry'}", "steps=4"],
+        say=told.append,
+    )
     assert told[0].startswith(line)
     told = []
-    api.dry_run("llava-tiny/finetune", [*SMALL, *data, f"out={tmp_path / 'dry'}", "epochs=2"], say=told.append)
+    api.dry_run(
+        "llava-tiny/finetune",
+        [*SMALL, *data, f"out={tmp_path / 'dry'}", "epochs=2"],
+        say=told.append,
+    )
     assert told[0].startswith("Stage finetune: epochs=2: ")
     steps = int(told[0].split("epochs=2: ")[1].split()[0])
     assert f"Stage finetune (fp32), {steps} steps" in told[1]
 
 
-def test_a_dry_run_whose_time_is_over_estimates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_whose_time_is_over_estimates(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rows = [runs.row(f"r{n}", "Write it. " * (n % 7), "red " * (n % 5 + 1)) for n in range(2000)]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     monkeypatch.setattr(resolution, "PATIENCE", 0.15)
@@ -165,7 +188,12 @@ def test_a_dry_run_whose_time_is_over_estimates(tmp_path: Path, monkeypatch: pyt
     told: list[str] = []
     api.dry_run("llava-tiny/finetune", given, say=told.append)
     assert "estimated from " in told[0]
-    (stage,) = stages("llava-tiny/finetune", tmp_path, f"data.source={tmp_path / 'data.json'}", "epochs=2")
+    (stage,) = stages(
+        "llava-tiny/finetune",
+        tmp_path,
+        f"data.source={tmp_path / 'data.json'}",
+        "epochs=2",
+    )
     loader = make_loader(stage, load_tokenizer(stage.data.tokenizer))
     exact = loader.volume(loader.survey(), epochs=2)
     assert exact is not None
@@ -176,7 +204,15 @@ def test_epochs_count_usable_samples(tmp_path: Path) -> None:
     """Those too long for a row are no part of N times all."""
     rows = [runs.row(f"r{n}", "Write it.", "red " * (500 if n % 2 else 3)) for n in range(40)]
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    loop.train(stages("llava-tiny/finetune", tmp_path, f"data.source={tmp_path / 'data.json'}", "epochs=3"), say=silent)
+    loop.train(
+        stages(
+            "llava-tiny/finetune",
+            tmp_path,
+            f"data.source={tmp_path / 'data.json'}",
+            "epochs=3",
+        ),
+        say=silent,
+    )
     lines = runs.metrics(tmp_path)
     assert lines[-1]["samples"] >= 60 > lines[-2]["samples"]
     assert len(LlavaSource(tmp_path / "data.json")) == 40

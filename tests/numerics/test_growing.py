@@ -1,4 +1,5 @@
-"""Tokens that were added to a tokenizer and not to the model: taken with a warning, refused in a prompt, and trained with new rows."""
+"""Tokens that were added to a tokenizer and not to the model: taken with a warning, refused in a
+prompt, and trained with new rows."""
 
 import json
 import shutil
@@ -19,8 +20,18 @@ from tests.numerics.test_init import TINY
 from tests.oracle.test_convert import add_text, whole
 
 CASE = Path(__file__).parents[1] / "data" / "cases" / "added-tokens"
-DATA = ("data.sources=[]", f"data.source={CASE / 'data.json'}", f"data.image_folder={CASE / 'images'}", "data.pool=2")
-SETTINGS = (*[text for text in TINY if "sources" not in text], *DATA, "steps=1", "trainable=[projector.*]")
+DATA = (
+    "data.sources=[]",
+    f"data.source={CASE / 'data.json'}",
+    f"data.image_folder={CASE / 'images'}",
+    "data.pool=2",
+)
+SETTINGS = (
+    *[text for text in TINY if "sources" not in text],
+    *DATA,
+    "steps=1",
+    "trainable=[projector.*]",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +41,20 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_is_trained_with_tokens_that_it_did_not_have(tied, tmp_path):
-    """The case's tokenizer has 200 tokens more. What the error says to set works, and the rows are the old ones and their mean."""
+    """The case's tokenizer has 200 tokens more. What the error says to set works, and the rows are
+    the old ones and their mean."""
     whole(tmp_path / "hf", tie_word_embeddings=tied)
     api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva", options=Options(template="v1"))
-    stage = [*SETTINGS, f"init={tmp_path / 'neva'}", f"data.tokenizer={CASE / 'tok'}", f"out={tmp_path / 'run'}"]
-    with pytest.raises(ValueError, match=r"576 tokens but .*vocab=390; set (model\.decoder\.vocab=576);"):
+    stage = [
+        *SETTINGS,
+        f"init={tmp_path / 'neva'}",
+        f"data.tokenizer={CASE / 'tok'}",
+        f"out={tmp_path / 'run'}",
+    ]
+    with pytest.raises(
+        ValueError,
+        match=r"576 tokens but .*vocab=390; set (model\.decoder\.vocab=576);",
+    ):
         api.train("llava-tiny/finetune", stage, say=lambda text: None)
     said: list[str] = []
     last = api.train("llava-tiny/finetune", [*stage, "model.decoder.vocab=576"], say=said.append)
@@ -55,17 +75,38 @@ def test_a_model_is_trained_with_tokens_that_it_did_not_have(tied, tmp_path):
 def test_a_vocabulary_does_not_shrink(tmp_path):
     whole(tmp_path / "hf")
     api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva", options=Options(template="v1"))
-    stage = [*SETTINGS, f"init={tmp_path / 'neva'}", "model.decoder.vocab=380", f"out={tmp_path / 'run'}"]
+    stage = [
+        *SETTINGS,
+        f"init={tmp_path / 'neva'}",
+        "model.decoder.vocab=380",
+        f"out={tmp_path / 'run'}",
+    ]
     with pytest.raises(ValueError, match="is of another model: decoder"):
         api.train("llava-tiny/finetune", stage, say=lambda text: None)
 
 
 def with_added(folder: Path, kind: str, count: int, *, pad: bool) -> int:
-    """A decoder whose tokenizer has so many tokens beyond the embedding; gives the embedding's rows."""
+    """A decoder whose tokenizer has so many tokens beyond the embedding; gives
+    the embedding's rows."""
     names = ["<pad>", *(f"<extra_{n}>" for n in range(count - 1))]
     rows = 376 if kind == "json" else 32768
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    build(llama(vocab_size=rows, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, **sizes), folder)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    build(
+        llama(
+            vocab_size=rows,
+            max_position_embeddings=512,
+            bos_token_id=0,
+            eos_token_id=1,
+            **sizes,
+        ),
+        folder,
+    )
     config = {"pad_token": "<pad>"} if pad else {}
     if kind == "json":
         add_text(folder, image=False, pad=False)
@@ -75,10 +116,21 @@ def with_added(folder: Path, kind: str, count: int, *, pad: bool) -> int:
         file = folder / "tokenizer_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
         return rows
-    shutil.copy(Path(__file__).parents[1] / "data" / "tokenizers" / "mistral" / "tokenizer.model", folder)
-    listed = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": True}
+    shutil.copy(
+        Path(__file__).parents[1] / "data" / "tokenizers" / "mistral" / "tokenizer.model",
+        folder,
+    )
+    listed = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "legacy": True,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps({**listed, **config}))
-    (folder / "added_tokens.json").write_text(json.dumps({name: rows + n for n, name in enumerate(names)}))
+    (folder / "added_tokens.json").write_text(
+        json.dumps({name: rows + n for n, name in enumerate(names)}),
+    )
     return rows
 
 
@@ -91,7 +143,10 @@ def test_a_few_tokens_beyond_the_embedding_are_taken(kind, count, tmp_path, caps
     assert loaded.encoder.tokenizer.size == rows + count
     (answer,) = api.generate(loaded, prompt="Hi", max_new_tokens=2)
     assert answer["tokens"] <= 2
-    with pytest.raises(ValueError, match=f"holds '<pad>', a token \\(number {rows}\\) that was added to the tokenizer"):
+    with pytest.raises(
+        ValueError,
+        match=f"holds '<pad>', a token \\(number {rows}\\) that was added to the tokenizer",
+    ):
         list(api.generate(loaded, prompt="Hi <pad>", max_new_tokens=2))
     api.export_checkpoint(tmp_path / "neva", tmp_path / "out")
     pad = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["pad_token"]

@@ -1,4 +1,5 @@
-"""An import and an export that are killed while they write: nothing under the name that was asked for, and the same command goes on."""
+"""An import and an export that are killed while they write: nothing under the name that was asked
+for, and the same command goes on."""
 
 import signal
 from pathlib import Path
@@ -62,7 +63,8 @@ def weights(checkpoint: Path) -> dict[str, bytes]:
 IMPORT_MOMENTS = [
     (Moment(function=WRITE, when="before"), 0),
     (Moment(function=SAVE, call=3, when="after"), 1),  # within the second file
-    (Moment(function=WRITE, call=3, when="after"), 2),  # the file is there, the note that it is whole is not
+    # the file is there, the note that it is whole is not
+    (Moment(function=WRITE, call=3, when="after"), 2),
     (Moment(function=JOURNAL, call=4, when="after"), 4),
     (Moment(function=FINISH, when="before"), UNITS),
     (Moment(function=FINISH, when="after"), UNITS),
@@ -76,9 +78,16 @@ IMPORT_MOMENTS = [
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with hf/, a model, whole/, its import, and out/, its export again; nothing disturbed them."""
+    """A folder with hf/, a model, whole/, its import, and out/, its export again;
+    nothing disturbed them."""
     place = tmp_path_factory.mktemp("undisturbed")
-    ended = run(imported, source(place / "hf"), place / "whole", notes=place / "notes", counted=[WRITE])
+    ended = run(
+        imported,
+        source(place / "hf"),
+        place / "whole",
+        notes=place / "notes",
+        counted=[WRITE],
+    )
     assert (ended.code, ended.calls[WRITE]) == (0, UNITS)
     ended = run(exported, place / "whole", place / "out", notes=place / "notes", counted=[SHARD])
     assert (ended.code, ended.calls[SHARD]) == (0, FILES)
@@ -87,7 +96,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("moment", "kept"), IMPORT_MOMENTS, ids=str)
 def test_killed_import(moment: Moment, kept: int, undisturbed: Path, tmp_path: Path) -> None:
-    """kill -9 leaves no checkpoint under the name; the same command writes what was missing, and no unit twice."""
+    """kill -9 leaves no checkpoint under the name; the same command writes what was
+    missing, and no unit twice."""
     hf, out = undisturbed / "hf", tmp_path / "neva"
     parity = "gate" in moment.function
     ended = run(imported, hf, out, parity, notes=tmp_path / "notes", moment=moment)

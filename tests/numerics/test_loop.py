@@ -257,7 +257,15 @@ def test_a_loss_that_is_not_finite_names_its_samples_and_stops(data: Path, tmp_p
 
 def test_skipped_steps_are_counted_and_change_no_weight(data: Path, tmp_path: Path, ranked: torch.device) -> None:
     path, bad = poisoned(data, tmp_path)
-    (config,) = plan("llava-tiny/finetune", data, tmp_path / "run", f"data.source={path}", "batch.rows=2", "log.on_nonfinite=skip", "steps=9")
+    (config,) = plan(
+        "llava-tiny/finetune",
+        data,
+        tmp_path / "run",
+        f"data.source={path}",
+        "batch.rows=2",
+        "log.on_nonfinite=skip",
+        "steps=9",
+    )
     made, skipped = with_nan(config, ranked), 0
     for batches in (next(made.loader) for _ in range(8)):
         before = {name: p.detach().to_local().clone() for name, p in made.model.named_parameters()}

@@ -1,4 +1,5 @@
-"""The chat format is the model's: what an import takes, what an export gives back, and what a stage that starts from it trains with."""
+"""The chat format is the model's: what an import takes, what an export gives back, and what a stage
+that starts from it trains with."""
 
 import json
 from pathlib import Path
@@ -34,8 +35,16 @@ TALKS = {
 LATER = ("three turns",)
 
 
-def folder_with(folder: Path, template: str, *, place: str = "chat_template.json", anyres: bool = False, eos: str = "") -> Path:
-    """A tiny LLaVA or LLaVA-NeXT whose chat template stands in one of the files that published ones use."""
+def folder_with(
+    folder: Path,
+    template: str,
+    *,
+    place: str = "chat_template.json",
+    anyres: bool = False,
+    eos: str = "",
+) -> Path:
+    """A tiny LLaVA or LLaVA-NeXT whose chat template stands in one of the files
+    that published ones use."""
     (following if anyres else whole)(folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     file = folder / "tokenizer.json"
@@ -62,7 +71,10 @@ def picture(number: int) -> Image.Image:
 def ours(loaded: Loaded, talk: tuple[tuple[int, str, str], ...]) -> list[int]:
     turns = tuple(Turn(role=role, text="<image>\n" * count + text) for count, role, text in talk)
     pictures = tuple(picture(number) for number in range(sum(count for count, _, _ in talk)))
-    encoded = loaded.encoder.encode(Sample(source="t", id="0", turns=turns, images=pictures), labels=False)
+    encoded = loaded.encoder.encode(
+        Sample(source="t", id="0", turns=turns, images=pictures),
+        labels=False,
+    )
     return [IMAGE if id in (IMAGE, NEWLINE) else id for id in encoded.tokens.tolist()]
 
 
@@ -72,7 +84,12 @@ def theirs(processor: Any, talk: tuple[tuple[int, str, str], ...]) -> list[int]:
         shown = [{"type": "image", "image": picture(number + n)} for n in range(count)]
         number += count
         messages.append({"role": role, "content": [*shown, {"type": "text", "text": text}]})
-    made = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    made = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )
     ids = torch.tensor(made["input_ids"]).flatten().tolist()
     return [IMAGE if id == processor.image_token_id else id for id in ids]
 
@@ -104,8 +121,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_folders_own_format(name: str, tmp_path: Path) -> None:
-    """Import, export and import again: prompts and greedy text are transformers', before and after; export gives back what came, with an end
-    where it had none."""
+    """Import, export and import again: prompts and greedy text are transformers', before and after;
+    export gives back what came, with an end where it had none."""
     source = folder_with(tmp_path / "hf", PUBLISHED[name], **KINDS[name])
     kind = tf.LlavaNextForConditionalGeneration if KINDS[name].get("anyres") else tf.LlavaForConditionalGeneration
     said: list[str] = []
@@ -157,7 +174,8 @@ def test_the_decoder_of_a_model_with_its_own_format(name: str, tmp_path: Path) -
 
 
 def test_a_template_of_texts_beside_the_tokenizer(tmp_path: Path) -> None:
-    """As xtuner publishes its LLaVA: the tokenizer's own, of texts. The export's takes lists too, for transformers' processor."""
+    """As xtuner publishes its LLaVA: the tokenizer's own, of texts. The export's takes lists too,
+    for transformers' processor."""
     source = folder_with(tmp_path / "hf", PUBLISHED["qwen2.5"], place="tokenizer_config.json")
     api.import_checkpoint([source], tmp_path / "neva")
     loaded = load(tmp_path / "neva")
@@ -173,7 +191,8 @@ def test_a_template_of_texts_beside_the_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["v1", "v0", "plain", "mistral"])
 def test_our_own_format_is_known_again(name: str, tmp_path: Path) -> None:
-    """An export's template writes a format of ours: where no proof fits it, or it is what such a model has, it keeps its name."""
+    """An export's template writes a format of ours: where no proof fits it, or it is what such a
+    model has, it keeps its name."""
     whole(tmp_path / "hf")
     api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva", options=Options(template=name))
     api.export_checkpoint(tmp_path / "neva", tmp_path / "out")
@@ -207,8 +226,12 @@ TINY = (
 )
 
 
-def test_a_stage_trains_in_the_format_of_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default, in place of the recipe's, and said in a line; another by name is said too; `own` asks for the model's."""
+def test_a_stage_trains_in_the_format_of_its_model(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By default, in place of the recipe's, and said in a line; another by name is said too; `own`
+    asks for the model's."""
     monkeypatch.setenv("NEVA_CACHE", str(tmp_path / "cache"))
     source = folder_with(tmp_path / "hf", PUBLISHED["llava-1.5"])
     asked = [*TINY, f"init={source}", f"out={tmp_path / 'run'}"]
@@ -228,7 +251,11 @@ def test_a_stage_trains_in_the_format_of_its_model(tmp_path: Path, monkeypatch: 
     assert [line for line in said if "chat format" in line] == [
         "Stage finetune trains in the chat format chatml and not in its model's, a template of its own: data.template=own takes that"
     ]
-    chatml = api.train("llava-tiny/finetune", [*asked[:-1], "data.template=chatml", "data.system=Hi.", f"out={tmp_path / 'chatml'}"], say=said.append)
+    chatml = api.train(
+        "llava-tiny/finetune",
+        [*asked[:-1], "data.template=chatml", "data.system=Hi.", f"out={tmp_path / 'chatml'}"],
+        say=said.append,
+    )
     (stage,) = api.recipe("llava-tiny/finetune", [*TINY, f"init={chatml}"])
     assert (stage.data.template, stage.data.system) == ("chatml", "Hi.")
     del said[:]
@@ -263,4 +290,7 @@ def test_a_dry_run_names_what_a_template_loses(tmp_path: Path) -> None:
         folder = cases / Path(name).parent
         data = [f"data.source={folder / 'data.json'}", f"data.image_folder={folder / 'images'}"]
         with pytest.raises(ValueError, match=f"stage finetune: .*{lost}"):
-            api.dry_run("llava-tiny/finetune", [*TINY, *data, f"data.template={cases / name}", f"out={tmp_path}"])
+            api.dry_run(
+                "llava-tiny/finetune",
+                [*TINY, *data, f"data.template={cases / name}", f"out={tmp_path}"],
+            )

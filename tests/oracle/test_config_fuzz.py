@@ -1,4 +1,5 @@
-"""A config.json with any one field changed is imported or refused in a line: no traceback, and no hang."""
+"""A config.json with any one field changed is imported or refused in a line: no
+traceback, and no hang."""
 
 import copy
 import json
@@ -54,7 +55,8 @@ def mutations(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def faults(folder: Path, take: Any) -> tuple[int, list[str]]:
-    """How many mutations there are of the folder's config.json, and those that end otherwise than they may."""
+    """How many mutations there are of the folder's config.json, and those that end
+    otherwise than they may."""
     config = json.loads((folder / "config.json").read_text())
     count, found = 0, []
     for name, changed in mutations(config):
@@ -86,7 +88,8 @@ def test_one_field_changed(name: str, tmp_path: Path) -> None:
 
 
 def test_one_field_of_the_original_layout_changed(tmp_path: Path) -> None:
-    """A LLaVA as its own repository writes it: the decoder's fields and those of vision in one list."""
+    """A LLaVA as its own repository writes it: the decoder's fields and those
+    of vision in one list."""
     build(llama(), tmp_path / "hf")
     build(clip(), tmp_path / "eyes")
     path = tmp_path / "hf" / "config.json"

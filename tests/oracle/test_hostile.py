@@ -1,4 +1,5 @@
-"""The hostile corpus: nothing of it runs, nothing of the user's changes, and each ends in one line."""
+"""The hostile corpus: nothing of it runs, nothing of the user's changes, and
+each ends in one line."""
 
 import os
 import pickle
@@ -35,7 +36,12 @@ def contents(folder: Path) -> dict[str, bytes | str]:
 
 
 @pytest.mark.parametrize("make", CORPUS, ids=lambda make: make.__name__)
-def test_it_does_no_harm(make: Callable[[Place], Case], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_does_no_harm(
+    make: Callable[[Place], Case],
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     at = hostile.prepare(tmp_path, base)
     case = make(at)
     here = tmp_path / "here"

@@ -88,7 +88,8 @@ def test_sentencepiece_as_json_keeps_the_ids() -> None:
     tokenizer = load_tokenizer(SHARED / "tokenizers/llama2/tokenizer.model")
     assert isinstance(tokenizer, SentencePieceTokenizer)
     written = JsonTokenizer(tokenizer.as_json())
-    texts = (DATA / "tokenizers/expected_ids/llama-spm.inp").read_text().split("\n__ggml_vocab_test__\n")
+    listed = (DATA / "tokenizers/expected_ids/llama-spm.inp").read_text()
+    texts = listed.split("\n__ggml_vocab_test__\n")
     texts += ["USER: <s>a</s>b ASSISTANT: yes</s>USER: no", "</s>\n\nx", " a  b ", "ä€😀\x00"]
     for text in texts:
         assert written.encode(text) == tokenizer.encode(text), text

@@ -241,7 +241,8 @@ def saying(loaded: Loaded, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_a_stop_of_the_callers(stop, said, text, tmp_path, monkeypatch):
-    """A special token that the template does not end with stops too, though it decodes to nothing."""
+    """A special token that the template does not end with stops too, though
+    it decodes to nothing."""
     text_model(tmp_path / "hf", ends=("<|im_end|>", "<|eot_id|>"))
     api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva", options=Options(template="v1"))
     loaded = load(tmp_path / "neva")
@@ -281,13 +282,17 @@ def transformers_answers(folder: Path, images: int, *, batch: int) -> list[str]:
             padding=True,
         )
         whole = model.generate(**given, max_new_tokens=12, do_sample=False)
-        answers += asker.batch_decode(whole[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += asker.batch_decode(
+            whole[:, given["input_ids"].shape[1] :],
+            skip_special_tokens=True,
+        )
     return [answer.strip() for answer in answers]
 
 
 @pytest.mark.parametrize("images", [0, 1])
 def test_a_batch_of_unlike_prompts_by_transformers(images, tmp_path):
-    """The export fills up in front, also where the source said otherwise: each answer is the one to the prompt alone, and ours."""
+    """The export fills up in front, also where the source said otherwise: each answer is the one to
+    the prompt alone, and ours."""
     if images:
         whole(tmp_path / "hf")
     else:

@@ -1,6 +1,8 @@
-"""What the gate of prompts refuses: a folder whose ids or pixels are other in transformers than `neva generate` has them.
+"""What the gate of prompts refuses: a folder whose ids or pixels are other in transformers than
+`neva generate` has them.
 
-Each case changes one thing in a folder that was found equal, so that nothing else can be the reason.
+Each case changes one thing in a folder that was found equal, so that nothing else can be the
+reason.
 """
 
 import json
@@ -30,7 +32,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Loaded]:
     """A LLaVA as it was exported, and the checkpoint that it is of."""
     place = tmp_path_factory.mktemp("exported")
     whole(place / "hf")
-    api.import_checkpoint([place / "hf"], place / "neva", options=Options(template="chatml"), say=lambda line: None)
+    api.import_checkpoint(
+        [place / "hf"],
+        place / "neva",
+        options=Options(template="chatml"),
+        say=lambda line: None,
+    )
     api.export_checkpoint(place / "neva", place / "out", say=lambda line: None)
     return place / "out", load(place / "neva")
 
@@ -71,7 +78,10 @@ def swapped_tokens(folder: Path) -> None:
 def start_token_twice(folder: Path) -> None:
     """The template writes two; one alone takes the place of the tokenizer's in transformers."""
     text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ bos_token }}" + text, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{{ bos_token }}" + text,
+        encoding="utf-8",
+    )
 
 
 def more_image_tokens(folder: Path) -> None:
@@ -81,7 +91,10 @@ def more_image_tokens(folder: Path) -> None:
 IDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "vocabulary": (swapped_tokens, "a question"),
     "start token": (start_token_twice, "a question"),
-    "a space": (lambda folder: change(folder / "chat_template.jinja", "<|im_end|>", " <|im_end|>"), "a question"),
+    "a space": (
+        lambda folder: change(folder / "chat_template.jinja", "<|im_end|>", " <|im_end|>"),
+        "a question",
+    ),
     "image tokens": (more_image_tokens, "an image"),
 }
 
@@ -92,7 +105,10 @@ def test_other_ids_are_refused(fault: str, exported: tuple[Path, Loaded], tmp_pa
     folder = shutil.copytree(exported[0], tmp_path / "out")
     spoil, talk = IDS[fault]
     spoil(folder)
-    with pytest.raises(CheckpointError, match=f"other ids in transformers for {talk}, from token \\d+ on"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"other ids in transformers for {talk}, from token \\d+ on",
+    ):
         compare(folder, exported[1])
 
 
@@ -107,7 +123,11 @@ PIXELS = {
 
 
 @pytest.mark.parametrize("fault", PIXELS)
-def test_other_pixels_are_refused(fault: str, exported: tuple[Path, Loaded], tmp_path: Path) -> None:
+def test_other_pixels_are_refused(
+    fault: str,
+    exported: tuple[Path, Loaded],
+    tmp_path: Path,
+) -> None:
     folder = shutil.copytree(exported[0], tmp_path / "out")
     settings(folder, **PIXELS[fault])
     with pytest.raises(CheckpointError, match="pixels that differ by"):
@@ -116,9 +136,18 @@ def test_other_pixels_are_refused(fault: str, exported: tuple[Path, Loaded], tmp
 
 def sentencepiece_model(folder: Path, *, legacy: bool) -> Path:
     """A decoder whose only tokenizer file is a SentencePiece model."""
-    build(llama(vocab_size=512, max_position_embeddings=512, bos_token_id=1, eos_token_id=2), folder)
+    build(
+        llama(vocab_size=512, max_position_embeddings=512, bos_token_id=1, eos_token_id=2),
+        folder,
+    )
     shutil.copy(DATA / "tiny.model", folder / "tokenizer.model")
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": legacy,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder
 
@@ -128,8 +157,13 @@ def reversed_ids(honest: Callable[..., list[int]]) -> Callable[..., list[int]]:
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is sound: with the honest reading it is imported, with another one it is not, and the ids are the reason."""
+def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(
+    legacy: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The folder is sound: with the honest reading it is imported, with another one it is not, and
+    the ids are the reason."""
     folder = sentencepiece_model(tmp_path / "hf", legacy=legacy)
     api.import_checkpoint([folder], tmp_path / "sound")
     kind = type(load_tokenizer(folder))
@@ -143,7 +177,10 @@ def test_an_export_that_transformers_reads_otherwise_is_refused(
     exported: tuple[Path, Loaded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Export asks the folder that it has written, and publishes nothing."""
-    wrong = tokenizers.processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 0)])
+    wrong = tokenizers.processors.TemplateProcessing(
+        single="<s> <s> $A",
+        special_tokens=[("<s>", 0)],
+    )
     written = Path.write_bytes
 
     def spoiled(path: Path, content: bytes) -> int:

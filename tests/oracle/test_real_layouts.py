@@ -1,4 +1,5 @@
-"""Tiny models in real layouts with real vocabularies: import, four steps of training, export, transformers' answers, and import of the export."""
+"""Tiny models in real layouts with real vocabularies: import, four steps of training, export,
+transformers' answers, and import of the export."""
 
 import json
 import shutil
@@ -25,7 +26,10 @@ from tests.oracle.test_prompts import QUESTIONS, picture
 from tests.oracle.test_sentencepiece import LLAMA2, MODELS, folder_of
 
 torch.set_num_threads(1)
-ADDED = {"chatml": ["<|im_start|>", "<|im_end|>"], "llama_3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]}
+ADDED = {
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+    "llama_3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+}
 """Special tokens that a chat format needs beside those of the vocabulary."""
 OTHER = ("steps=", "data.template=", "data.system=")
 SETTINGS = (*[text for text in TINY if not text.startswith(OTHER)], "steps=4", "optim.lr=1e-4")
@@ -42,7 +46,12 @@ def as_published(folder: Path, name: str, template: str) -> tuple[int, int]:
     assert isinstance(tokenizer, SentencePieceTokenizer)
     model = tokenizers.Tokenizer.from_str(tokenizer.as_json()["tokenizer.json"].decode())
     shutil.rmtree(folder / "sp")
-    made = tf.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made = tf.PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
     made.add_tokens(["<image>", "<pad>", *ADDED.get(template, [])], special_tokens=True)
     made.pad_token = "<pad>"
     made.save_pretrained(folder)
@@ -50,7 +59,13 @@ def as_published(folder: Path, name: str, template: str) -> tuple[int, int]:
 
 
 def text_config(rows: int, **more: Any) -> tf.LlamaConfig:
-    return llama(vocab_size=rows, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, **more)
+    return llama(
+        vocab_size=rows,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        **more,
+    )
 
 
 def vicuna(folder: Path, name: str, legacy: bool | None) -> list[Path]:
@@ -119,7 +134,10 @@ LAYOUTS: dict[str, tuple[Any, str]] = {
     "vicuna, not said": (lambda folder, name: vicuna(folder, name, None), "v1"),
     "llava-1.5 original": (llavas_own, "v1"),
     "llava-1.5": (lambda folder, name: hugging_face(folder, name, "v1", following=False), "v1"),
-    "llava-next chatml": (lambda folder, name: hugging_face(folder, name, "chatml", following=True), "chatml"),
+    "llava-next chatml": (
+        lambda folder, name: hugging_face(folder, name, "chatml", following=True),
+        "chatml",
+    ),
     "llava-next llama-3": (lambda folder, name: hugging_face(folder, name, "llama_3", following=True), "llama_3"),
 }
 """Name of a layout -> what makes its folders, and its chat format."""
@@ -179,13 +197,23 @@ def test_in_train_out_and_in_again(name, layout, tmp_path):
             ids = before.encoder.encode(sample, labels=False).tokens[None]
             said = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
             assert before.encoder.tokenizer.decode([id for id in said if id != 2]).strip() == answer
-    stage = [*SETTINGS, f"init={tmp_path / 'neva'}", f"data.template={template}", f"out={tmp_path / 'run'}"]
+    stage = [
+        *SETTINGS,
+        f"init={tmp_path / 'neva'}",
+        f"data.template={template}",
+        f"out={tmp_path / 'run'}",
+    ]
     last = api.train("llava-tiny/finetune", stage, say=quiet)
     trained = load(last)
     api.export_checkpoint(last, tmp_path / "out", say=quiet)
     answers = ours(trained, 1)
     assert answers == theirs(tmp_path / "out", 1, batch=3) == theirs(tmp_path / "out", 1, batch=1)
-    api.export_checkpoint(last, tmp_path / "decoder", options=ExportOptions(part="decoder"), say=quiet)
+    api.export_checkpoint(
+        last,
+        tmp_path / "decoder",
+        options=ExportOptions(part="decoder"),
+        say=quiet,
+    )
     assert ours(trained, 0) == theirs(tmp_path / "decoder", 0, batch=3)
     api.import_checkpoint([tmp_path / "out"], tmp_path / "again", say=quiet)
     again = load(tmp_path / "again")
@@ -201,7 +229,8 @@ def test_in_train_out_and_in_again(name, layout, tmp_path):
 
 @pytest.mark.parametrize("name", ["mistral", LLAMA2])
 def test_where_transformers_differs_on_double_spaces(name, tmp_path):
-    """The difference, shown: of the folder transformers joins two spaces to one token, of our export it does not."""
+    """The difference, shown: of the folder transformers joins two spaces to one token, of
+    our export it does not."""
     folder = folder_of(tmp_path / "t", MODELS[name], legacy=False)
     shutil.copy(MODELS[name], tmp_path / "t" / "tokenizer.model")
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))

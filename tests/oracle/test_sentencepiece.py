@@ -1,6 +1,8 @@
-"""SentencePiece models as LLaVA reads them, against the library itself and the rules of transformers' slow LlamaTokenizer.
+"""SentencePiece models as LLaVA reads them, against the library itself and the rules of
+transformers' slow LlamaTokenizer.
 
-The vocabularies are real: Mistral's, which is in tests/data, and Llama-2's where the shared data folder has it.
+The vocabularies are real: Mistral's, which is in tests/data, and Llama-2's where the
+shared data folder has it.
 """
 
 import io
@@ -120,7 +122,27 @@ TEXTS = (
 
 def random_texts(seed: int, count: int = 150) -> list[str]:
     chance = random.Random(seed)
-    words = ["a", "the", "Hello", " ", "  ", "\n", "</s>", "<s>", "<unk>", "é", "猫", "🙂", ".", "USER:", "12", "\t", "▁", "[", "INST"]
+    words = [
+        "a",
+        "the",
+        "Hello",
+        " ",
+        "  ",
+        "\n",
+        "</s>",
+        "<s>",
+        "<unk>",
+        "é",
+        "猫",
+        "🙂",
+        ".",
+        "USER:",
+        "12",
+        "\t",
+        "▁",
+        "[",
+        "INST",
+    ]
     return ["".join(chance.choices(words, k=chance.randint(1, 12))) for _ in range(count)]
 
 
@@ -136,15 +158,23 @@ def test_ids_are_those_of_llavas_tokenizer(name, legacy, tmp_path):
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_added_tokens_are_split_out_as_by_llavas_tokenizer(legacy, tmp_path):
-    """Longest first; white space beside one is kept unless the token takes it; also tokens that name a piece of the model."""
+    """Longest first; white space beside one is kept unless the token takes it; also tokens that
+    name a piece of the model."""
     model = MODELS["mistral"]
     size = 32768
     tokens = ["<pad>", "<image>", "<image>s", "[TOOL]"]
     added = {str(size + n): {"content": text, "special": n < 2} for n, text in enumerate(tokens)}
-    added |= {"3": {"content": "[INST]", "special": True}, "4": {"content": "[/INST]", "special": True}}
+    added |= {
+        "3": {"content": "[INST]", "special": True},
+        "4": {"content": "[/INST]", "special": True},
+    }
     folder = folder_of(tmp_path / "t", model, legacy=legacy, added_tokens_decoder=added)
     mine = load_tokenizer(folder)
-    slow = Slow(model, legacy=legacy, added=[*sorted(tokens, key=len, reverse=True), "[INST]", "[/INST]"])
+    slow = Slow(
+        model,
+        legacy=legacy,
+        added=[*sorted(tokens, key=len, reverse=True), "[INST]", "[/INST]"],
+    )
     known = {text: size + n for n, text in enumerate(tokens)}
     for text in ("[INST] Hi [/INST]ok</s>", "a<image>b <image>s c", "<pad><image>\nx", "x [TOOL]  y", "a<image>"):
         wanted = [known.get(piece, slow.model.piece_to_id(piece)) for piece in slow.pieces(text)]
@@ -156,7 +186,9 @@ def test_added_tokens_are_split_out_as_by_llavas_tokenizer(legacy, tmp_path):
 
 def test_an_added_token_may_take_the_white_space_beside_it(tmp_path):
     added = {"512": {"content": "<l>", "lstrip": True}, "513": {"content": "<r>", "rstrip": True}}
-    tokenizer = load_tokenizer(folder_of(tmp_path / "t", MODELS["tiny"], added_tokens_decoder=added))
+    tokenizer = load_tokenizer(
+        folder_of(tmp_path / "t", MODELS["tiny"], added_tokens_decoder=added),
+    )
     assert tokenizer.encode("a  <l> b") == [*tokenizer.encode("a"), 512, *tokenizer.encode(" b")]
     assert tokenizer.encode("a <r>  b") == [*tokenizer.encode("a "), 513, *tokenizer.encode("b")]
 
@@ -174,7 +206,8 @@ def test_every_control_piece_is_a_special_token():
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_as_tokenizer_json(name, legacy, tmp_path):
-    """The tokenizer.json of an export gives the same ids by the library that reads it; a first space is the one exception."""
+    """The tokenizer.json of an export gives the same ids by the library that reads it; a first
+    space is the one exception."""
     tokenizer = load_tokenizer(folder_of(tmp_path / "t", MODELS[name], legacy=legacy))
     assert isinstance(tokenizer, SentencePieceTokenizer)
     written = JsonTokenizer(tokenizer.as_json())
@@ -191,7 +224,8 @@ def test_as_tokenizer_json(name, legacy, tmp_path):
 @pytest.mark.parametrize("template", ["v1", "plain"])
 @pytest.mark.parametrize("name", ["mistral", LLAMA2])
 def test_prompts_are_tokenised_as_by_llava(name, template, legacy, tmp_path):
-    """LLaVA splits a prompt at its images and hands each part to its tokenizer, which sees a new text each time."""
+    """LLaVA splits a prompt at its images and hands each part to its tokenizer, which sees
+    a new text each time."""
     model = MODELS[name]
     slow = Slow(model, legacy=legacy)
     tokenizer = load_tokenizer(folder_of(tmp_path / "t", model, legacy=legacy))
@@ -208,11 +242,16 @@ def test_prompts_are_tokenised_as_by_llava(name, template, legacy, tmp_path):
 
 
 def test_a_start_token_that_a_named_format_writes_is_no_gap(tmp_path):
-    """LLaVA's llama_2 cuts the first `<s>` off its prompt: what follows is the beginning of a text."""
+    """LLaVA's llama_2 cuts the first `<s>` off its prompt: what follows is
+    the beginning of a text."""
     model = MODELS["mistral"]
     tokenizer = load_tokenizer(folder_of(tmp_path / "t", model, legacy=False))
     slow = Slow(model, legacy=False)
-    turns = (Turn(role="user", text="Hi"), Turn(role="assistant", text="Yes."), Turn(role="user", text="No?"))
+    turns = (
+        Turn(role="user", text="Hi"),
+        Turn(role="assistant", text="Yes."),
+        Turn(role="user", text="No?"),
+    )
     encoder = Encoder(tokenizer, "llama_2", "", LAYOUT)
     sample = Sample(source="t", id="0", turns=turns, images=())
     prompt = "[" + "INST] Hi [" + "/INST] Yes. </s><s>[" + "INST] No? [" + "/INST]"
@@ -226,7 +265,11 @@ def test_a_start_token_that_a_named_format_writes_is_no_gap(tmp_path):
 def train(**options: Any) -> bytes:
     """A SentencePiece model of a kind that SentencePiece itself makes."""
     written = io.BytesIO()
-    sentences = ["the quick brown fox jumps over the lazy dog", "a cat, a dog and  two birds in 2 trees", "USER: what? ASSISTANT: that."]
+    sentences = [
+        "the quick brown fox jumps over the lazy dog",
+        "a cat, a dog and  two birds in 2 trees",
+        "USER: what? ASSISTANT: that.",
+    ]
     settings = {
         "model_type": "bpe",
         "vocab_size": 330,
@@ -250,7 +293,8 @@ YI = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "add_bos_tok
 
 
 def no_prefix(kind: str, folder: Path, **config: Any) -> Path:
-    """A folder whose text begins without a space: as the model says, or as tokenizer_config.json does."""
+    """A folder whose text begins without a space: as the model says, or as
+    tokenizer_config.json does."""
     if kind == "model":
         return folder_of(folder, train(add_dummy_prefix=False), **YI, **config)
     return folder_of(folder, train(), **YI, add_prefix_space=False, **config)
@@ -308,7 +352,13 @@ def test_a_model_that_has_no_form_as_tokenizer_json_is_refused(options):
 
 def model(folder: Path, tokens: Path, *, vocab: int, **config: Any) -> Path:
     """A tiny Llama with a tokenizer.model and no tokenizer.json."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     build(llama(vocab_size=vocab, max_position_embeddings=512, **sizes), folder)
     return folder_of(folder, tokens, **config)
 
@@ -320,7 +370,8 @@ CASES = [("mistral", template) for template in ("v1", "llama_2", "text")]
 @pytest.mark.parametrize("legacy", [True, False, None])
 @pytest.mark.parametrize(("name", "template"), [*CASES, pytest.param("llama2", "v1", marks=needs_llama2)])
 def test_a_decoder_with_a_real_tokenizer_model(name, template, legacy, tmp_path, capsys):
-    """Imported and exported: transformers' ids of the export are SentencePiece's, where those of the folder were not."""
+    """Imported and exported: transformers' ids of the export are SentencePiece's, where those
+    of the folder were not."""
     config = {} if legacy is None else {"legacy": legacy}
     size = load_tokenizer(MODELS[name]).size
     model(tmp_path / "hf", MODELS[name], vocab=size, **config)
@@ -347,13 +398,24 @@ def test_a_decoder_with_a_real_tokenizer_model(name, template, legacy, tmp_path,
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("template", ["v1", "plain", "llama_2"])
 def test_an_exported_llava_with_a_real_tokenizer_model(template, legacy, tmp_path):
-    """The text behind an image begins with a space, as LLaVA reads it, also where the text behind `</s>` does not."""
+    """The text behind an image begins with a space, as LLaVA reads it, also where the text
+    behind `</s>` does not."""
     model(tmp_path / "hf", MODELS["mistral"], vocab=32768, legacy=legacy)
     build(clip(), tmp_path / "clip")
-    api.import_checkpoint([tmp_path / "hf", tmp_path / "clip"], tmp_path / "neva", options=Options(template=template))
+    api.import_checkpoint(
+        [tmp_path / "hf", tmp_path / "clip"],
+        tmp_path / "neva",
+        options=Options(template=template),
+    )
     loaded = load(tmp_path / "neva")
     if template == "v1":
-        sample = as_sample({"id": "0", "image": "x", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]})
+        sample = as_sample(
+            {
+                "id": "0",
+                "image": "x",
+                "conversations": [{"from": "human", "value": "<image>\nWhat?"}],
+            }
+        )
         ids = loaded.encoder.encode(sample, labels=False).tokens.tolist()
         behind = ids[len(ids) - ids[::-1].index(IMAGE) :]
         assert behind == Slow(MODELS["mistral"], legacy=legacy).ids("\nWhat? ASSISTANT:")
@@ -430,8 +492,15 @@ def test_no_other_difference_to_transformers_is_accepted(fault, tmp_path, monkey
 def test_ids_that_are_not_sentencepieces_are_refused(tmp_path, monkeypatch):
     model(tmp_path / "hf", MODELS["mistral"], vocab=32768)
     honest = SentencePieceTokenizer.encode
-    monkeypatch.setattr(SentencePieceTokenizer, "encode", lambda self, text, first=True: honest(self, text)[::-1])
-    with pytest.raises(CheckpointError, match="gives other ids in SentencePiece for 'What is this\\?'"):
+    monkeypatch.setattr(
+        SentencePieceTokenizer,
+        "encode",
+        lambda self, text, first=True: honest(self, text)[::-1],
+    )
+    with pytest.raises(
+        CheckpointError,
+        match="gives other ids in SentencePiece for 'What is this\\?'",
+    ):
         api.import_checkpoint([tmp_path / "hf"], tmp_path / "neva", options=Options(template="v1"))
     assert not list(tmp_path.glob("neva*"))
 
@@ -439,7 +508,13 @@ def test_ids_that_are_not_sentencepieces_are_refused(tmp_path, monkeypatch):
 def test_a_saved_tokenizer_keeps_what_stood_beside_it(tmp_path):
     """Through a checkpoint: added tokens, `legacy` and the end token."""
     added = {"32768": {"content": "<|im_end|>", "special": True}}
-    folder = folder_of(tmp_path / "t", MODELS["mistral"], legacy=False, eos_token="<|im_end|>", added_tokens_decoder=added)
+    folder = folder_of(
+        tmp_path / "t",
+        MODELS["mistral"],
+        legacy=False,
+        eos_token="<|im_end|>",
+        added_tokens_decoder=added,
+    )
     before = load_tokenizer(folder)
     before.save(tmp_path / "saved")
     shutil.rmtree(folder)

@@ -35,7 +35,8 @@ TAGS = {
 
 
 def checkpoint(folder: Path, described: str) -> Path:
-    """A checkpoint with this neva.yaml and a manifest that fits it, as a stranger would make one."""
+    """A checkpoint with this neva.yaml and a manifest that fits it, as a
+    stranger would make one."""
     run = folder / "run"
     step = store.save(
         run, step=1, config={"model": {}}, write_files=lambda folder: None, weights={"x": torch.ones(2)},
@@ -44,7 +45,9 @@ def checkpoint(folder: Path, described: str) -> Path:
     (step / "neva.yaml").write_text(described)
     (step / MANIFEST).unlink()
     names = listing(step)
-    (step / MANIFEST).write_bytes(serialise(asdict(Manifest(step=1, files=dict(sorted(digests(step, names).items()))))))
+    (step / MANIFEST).write_bytes(
+        serialise(asdict(Manifest(step=1, files=dict(sorted(digests(step, names).items()))))),
+    )
     return step
 
 

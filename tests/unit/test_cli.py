@@ -32,7 +32,8 @@ class Stopped(Exception):
 
 
 class FakeApi(types.ModuleType):
-    """Notes every call and answers what the test wants; refuses a call that `neva.api` would not take."""
+    """Notes every call and answers what the test wants; refuses a call that
+    `neva.api` would not take."""
 
     def __init__(self) -> None:
         super().__init__("neva.api")
@@ -278,7 +279,8 @@ def test_the_stand_in_takes_no_call_that_neva_api_would_not_take(api: FakeApi, c
 
 
 def options_of(group: click.Group) -> set[str]:
-    """The options of all commands under the first of their spellings, without those of `--help` and hidden ones."""
+    """The options of all commands under the first of their spellings, without those of
+    `--help` and hidden ones."""
     found: set[str] = set()
     for command in group.commands.values():
         if isinstance(command, click.Group):
@@ -293,21 +295,46 @@ UNTOLD = {"--to"}
 
 
 def test_every_command_calls_neva_api_as_it_is(api: FakeApi, tmp_path: Path) -> None:
-    """Each option of each command, so that the stand-in compares them all with the functions' signatures."""
+    """Each option of each command, so that the stand-in compares them all with the
+    functions' signatures."""
     file = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(file)
-    sampling = ["--max-new-tokens", 3, "--temperature", 1, "--top-p", 0.5, "--top-k", 2, "--seed", 1]
+    sampling = [
+        "--max-new-tokens",
+        3,
+        "--temperature",
+        1,
+        "--top-p",
+        0.5,
+        "--top-k",
+        2,
+        "--seed",
+        1,
+    ]
     sampling += ["--stop", "x", "--batch-size", 2, "--trust-code", "--json"]
     cut = ["--min-tiles", 1, "--max-tiles", 4, "--tile", 28, "--tags", "none", "--json"]
     composed = ["--decoder", "a", "--vision", "b", "--projector", "linear", "--seed", 3]
     judged = ["--image-folder", tmp_path, "--batch-size", 2, "--max-new-tokens", 3, "--trust-code"]
-    written = ["--part", "decoder", "--keys", "vllm", "--dtype", "fp16", "--shard", 9, "--no-parity"]
+    written = [
+        "--part",
+        "decoder",
+        "--keys",
+        "vllm",
+        "--dtype",
+        "fp16",
+        "--shard",
+        9,
+        "--no-parity",
+    ]
     commands: list[tuple[Any, list[Any]]] = [
         (None, ["train", "demo", "out=x", "--dry-run", "--nproc", 2, "--trust-code"]),
         (None, ["train", "demo", "out=x", "--resume", "auto", "--trust-code"]),
         (None, ["demo", "out=x"]),
         ("a: 1", ["show", "demo", "out=x", "--trust-code"]),
-        ([{"id": "a", "text": "b"}], ["generate", "x", "--prompt", "a", "--image", file, *sampling]),
+        (
+            [{"id": "a", "text": "b"}],
+            ["generate", "x", "--prompt", "a", "--image", file, *sampling],
+        ),
         ([], ["generate", "x", "--data", __file__, "--image-folder", tmp_path, *sampling]),
         ("x", ["import", "a", "k=1", "--out", "o", "--dtype", "bf16", "--template", "v1", "--no-parity"]),
         ("x", ["import", *composed]),

@@ -214,7 +214,8 @@ def test_measure_equals_encode_and_training_starts_with_the_prompt(talk: Talk, e
 
 
 def test_no_id_spans_the_border_to_an_answer() -> None:
-    """'…ASSISTANT:' + ' b' would give the one id ': ': a server sends '…ASSISTANT:', so training sees those ids too, and then ' b'."""
+    """'…ASSISTANT:' + ' b' would give the one id ': ': a server sends '…ASSISTANT:', so training
+    sees those ids too, and then ' b'."""
     encoder = Encoder(bytes_tokenizer(), "v1", "", LAYOUT)
     encoded, prompt = encoder.encode(chat("x", "b")), encoder.encode(chat("x"), labels=False)
     first = int((encoded.labels != IGNORE).nonzero()[0])
@@ -290,7 +291,9 @@ def test_cuts_around_an_image(start_end: bool, kept: list[int]) -> None:
     assert [len(cut.images) for cut in cuts] == [int(length >= end) for length in kept]
 
 
-def test_an_image_that_decodes_to_another_size_than_its_header_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_decodes_to_another_size_than_its_header_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Tokens were counted from the header; the pixels would no longer fit them."""
     encoder = Encoder(TINY, "v1", None, LAYOUT)
     sample = chat("<image>\nWhat?", "A cat.", images=1)
@@ -301,9 +304,13 @@ def test_an_image_that_decodes_to_another_size_than_its_header_says(monkeypatch:
 
 
 def test_tiles_of_a_memory_are_not_given_up_for_a_text_that_is_too_long() -> None:
-    """They take no token: fewer of them bring the sample no nearer. Where tiles are what is too many, they are."""
+    """They take no token: fewer of them bring the sample no nearer. Where tiles are what
+    is too many, they are."""
     layout = ImageLayout(tile=8, tokens_per_tile=3, aspect="tiles", max_tiles=6, inline="none")
-    turns = (Turn(role="user", text="<image>\n" + "word " * 50), Turn(role="assistant", text="Yes."))
+    turns = (
+        Turn(role="user", text="<image>\n" + "word " * 50),
+        Turn(role="assistant", text="Yes."),
+    )
     wide = Sample(source="s", id="0", turns=turns, images=(Image.new("RGB", (96, 16)),))
     encoder = Encoder(TINY, "v1", None, layout)
     whole = encoder.measure(wide)

@@ -220,7 +220,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert kib < 200_000
 
 
-def test_a_program_in_place_of_an_image_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_in_place_of_an_image_is_not_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Pillow gives PostScript to Ghostscript, here one that leaves a file behind."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\necho ran > {tmp_path}/canary\n")
     (tmp_path / "gs").chmod(0o755)

@@ -235,7 +235,10 @@ def test_the_state_of_a_version_that_trained_samples_unevenly_is_refused() -> No
     with loading() as loader:
         next(loader)
         state = loader.state_dict() | {"version": 1}
-        with pytest.raises(ValueError, match="trained some samples more often than others.*init.model=CHECKPOINT"):
+        with pytest.raises(
+            ValueError,
+            match="trained some samples more often than others.*init.model=CHECKPOINT",
+        ):
             loader.load_state_dict(state)
 
 

@@ -1,4 +1,5 @@
-"""Every sample once an epoch, sources in their shares, little padding: seen from outside the loader, for several kinds of data."""
+"""Every sample once an epoch, sources in their shares, little padding: seen from outside the
+loader, for several kinds of data."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,8 +24,13 @@ from tests.lengths import Lengths, draw, loader, packer, trained, with_holes
 torch.set_num_threads(1)
 
 
-def check_epochs(keys: Sequence[tuple[int, int]], sources: Sequence[Lengths], seq_length: int) -> None:
-    """After k times its usable samples, a source's samples were each trained k - 1 to k + 1 times: at every moment, k being a fraction."""
+def check_epochs(
+    keys: Sequence[tuple[int, int]],
+    sources: Sequence[Lengths],
+    seq_length: int,
+) -> None:
+    """After k times its usable samples, a source's samples were each trained k - 1 to k + 1 times:
+    at every moment, k being a fraction."""
     for number, source in enumerate(sources):
         counts = {i: 0 for i, length in enumerate(source.lengths) if 0 < length <= seq_length}
         by_count = Counter({0: len(counts)})
@@ -47,7 +53,10 @@ BLENDS: dict[str, tuple[list[list[int]], tuple[float, ...] | None]] = {
     "three to one": ([draw("long", 100), draw("llava", 1000)], (3, 1)),
     "three sizes": ([draw("short", 37), draw("llava", 1000), draw("long", 5)], None),
     "half is left out": ([with_holes(draw("llava", 400), 4), draw("llava", 300, 1)], (2, 1)),
-    "half is left out, no weights": ([with_holes(draw("llava", 400), 4), draw("llava", 300, 1), draw("short", 50)], None),
+    "half is left out, no weights": (
+        [with_holes(draw("llava", 400), 4), draw("llava", 300, 1), draw("short", 50)],
+        None,
+    ),
     "one with a weight, two without": ([draw("llava", 300), with_holes(draw("short", 900), 3), draw("middle", 110)], (500, 0, 0)),
 }
 
@@ -85,7 +94,12 @@ def test_blends_keep_epochs_and_shares(name: str, pool: int) -> None:
     pool=st.sampled_from([1, 2, 8, 32, 512]),
     seed=st.integers(0, 99),
 )
-def test_any_blend_keeps_its_epochs(lengths: list[list[int]], weights: list[Any], pool: int, seed: int) -> None:
+def test_any_blend_keeps_its_epochs(
+    lengths: list[list[int]],
+    weights: list[Any],
+    pool: int,
+    seed: int,
+) -> None:
     """Rows of 64 tokens: lengths of 0 and above 64 are left out."""
     sources = [Lengths(f"s{number}", [*of, 40]) for number, of in enumerate(lengths)]
     one = packer(sources, seq_length=64, weights=weights[: len(sources)], pool=pool, seed=seed)
@@ -95,7 +109,12 @@ def test_any_blend_keeps_its_epochs(lengths: list[list[int]], weights: list[Any]
 @pytest.mark.parametrize("seed", range(3))
 def test_sources_without_weights_go_at_one_pace(seed: int) -> None:
     """Whatever share of them is left out: none drifts away by passes."""
-    lengths = [with_holes(draw("llava", 200), 3), draw("short", 37), draw("long", 5), draw("middle", 1000)]
+    lengths = [
+        with_holes(draw("llava", 200), 3),
+        draw("short", 37),
+        draw("long", 5),
+        draw("middle", 1000),
+    ]
     sources = [Lengths(f"s{number}", of) for number, of in enumerate(lengths)]
     usable = [source.usable(2048) for source in sources]
     keys = trained(packer(sources, seed=seed), 6 * sum(usable))
@@ -136,7 +155,8 @@ def test_a_weighted_source_without_a_usable_sample_is_named() -> None:
     sources = [Lengths("good", draw("llava", 30)), Lengths("bad", [0, 5000, 0])]
     with pytest.raises(ValueError, match="none of the 3 samples of bad can be used"):
         next(loader(sources, weights=(1, 1)))
-    steps = [next(loader(sources)) for _ in range(9)]  # at one pace with others it has nothing to give
+    # at one pace with others it has nothing to give
+    steps = [next(loader(sources)) for _ in range(9)]
     assert {name for step in steps for batch in step for name, _ in batch.keys} == {"good"}
 
 
@@ -145,7 +165,12 @@ def test_a_small_set_is_trained_once_an_epoch() -> None:
     case = Path(__file__).parents[1] / "data" / "cases" / "small-set-epoch"
     tokenizer = load_tokenizer(Path(neva.__file__).parent / "recipes" / "tokenizer")
     encoder = Encoder(tokenizer, "v1", "", ImageLayout(tile=28, tokens_per_tile=4))
-    one = Loader([LlavaSource(case / "data.json", case)], encoder, Budget(seq_length=2048), LoaderOptions())
+    one = Loader(
+        [LlavaSource(case / "data.json", case)],
+        encoder,
+        Budget(seq_length=2048),
+        LoaderOptions(),
+    )
     counts: Counter = Counter()
     while counts.total() < 100:
         counts.update(key for batch in next(one) for key in batch.keys)

@@ -45,12 +45,18 @@ def test_every_item_leaves_once_within_the_budgets(lengths: list[tuple[int, int]
     sizes=st.tuples(*[st.integers(1, 6)] * 3),
     pool=st.integers(1, 25),
 )
-def test_rows_follow_the_rule(drawn: list[tuple[int, int, int]], sizes: tuple[int, ...], pool: int) -> None:
+def test_rows_follow_the_rule(
+    drawn: list[tuple[int, int, int]],
+    sizes: tuple[int, ...],
+    pool: int,
+) -> None:
     """Against the plainest spelling of it, which keeps nothing but what came and what left."""
     counts = [0, 0, 0]
     items = []
     for number, (source, tokens, tiles) in enumerate(drawn):
-        items.append(Item(number, tokens, tiles, source=source, epoch=counts[source] // sizes[source]))
+        items.append(
+            Item(number, tokens, tiles, source=source, epoch=counts[source] // sizes[source]),
+        )
         counts[source] += 1
     budget = Budget(seq_length=40, max_tiles=3)
     left = list(items)
@@ -92,7 +98,10 @@ def test_rows_follow_the_rule(drawn: list[tuple[int, int, int]], sizes: tuple[in
     drawn=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 100)), min_size=1, max_size=300),
     pool=st.integers(1, 40),
 )
-def test_no_item_waits_for_more_rows_than_twice_the_pool(drawn: list[tuple[int, int]], pool: int) -> None:
+def test_no_item_waits_for_more_rows_than_twice_the_pool(
+    drawn: list[tuple[int, int]],
+    pool: int,
+) -> None:
     """Rows that were filled without it after it came; with one source it is the pool."""
     came: dict[int, int] = {}
     rows = 0
@@ -110,7 +119,10 @@ def test_no_item_waits_for_more_rows_than_twice_the_pool(drawn: list[tuple[int, 
 
 def test_the_oldest_leaves_however_badly_it_fits() -> None:
     old = Item("old", 51, 1)
-    packer = Packer(Budget(seq_length=100, max_tiles=1), [old, *(Item(number, 100) for number in range(50))])
+    packer = Packer(
+        Budget(seq_length=100, max_tiles=1),
+        [old, *(Item(number, 100) for number in range(50))],
+    )
     assert packer.pop_row() == [old]
 
 

@@ -49,7 +49,11 @@ def test_steps_hold_what_is_said_of_them(weights: Any, rows: int, seed: int) -> 
 
 @pytest.mark.parametrize("weights", [None, (3, 1, 2)])
 @pytest.mark.parametrize(("epochs", "rows"), [(1, 1), (1, 7), (2.5, 4), (0.1, 2)])
-def test_epochs_are_the_fewest_steps_that_train_so_many_samples(weights: Any, epochs: float, rows: int) -> None:
+def test_epochs_are_the_fewest_steps_that_train_so_many_samples(
+    weights: Any,
+    epochs: float,
+    rows: int,
+) -> None:
     one = loader(SOURCES, weights=weights, rows=rows)
     volume = one.volume(one.survey(), epochs=epochs)
     assert volume is not None and volume.measured == 0
@@ -99,7 +103,10 @@ def test_measuring_ends_when_its_time_is_over() -> None:
 
 @pytest.mark.parametrize("length", [0, 5000])
 def test_data_without_a_usable_sample(length: int) -> None:
-    one = loader([Lengths("good", draw("llava", 30)), Lengths("bad", [length] * 400)], weights=(1, 1))
+    one = loader(
+        [Lengths("good", draw("llava", 30)), Lengths("bad", [length] * 400)],
+        weights=(1, 1),
+    )
     survey = one.survey(most=100)
     assert one.volume(survey, steps=3) is None
     assert "none of a source's samples can be used, of 100" in told(None, survey)
@@ -108,7 +115,10 @@ def test_data_without_a_usable_sample(length: int) -> None:
 
 
 @pytest.mark.parametrize(("policy", "length"), [({"on_error": "stop"}, 0), ({"over_long": "error"}, 5000)])
-def test_a_sample_at_which_training_would_stop_is_an_error_at_once(policy: dict, length: int) -> None:
+def test_a_sample_at_which_training_would_stop_is_an_error_at_once(
+    policy: dict,
+    length: int,
+) -> None:
     one = loader([Lengths("a", [*draw("llava", 300), length])], options=policy)
     with pytest.raises(SampleError, match="sample '300' of 'a'"):
         one.survey()
@@ -129,7 +139,13 @@ def test_ranks_share_the_measuring_and_find_the_same() -> None:
             return parts
 
         measured = []
-        one = loader(SOURCES, rows=6, rank=rank, world=3, share=lambda part: measured.append(len(part)) or share(part))
+        one = loader(
+            SOURCES,
+            rows=6,
+            rank=rank,
+            world=3,
+            share=lambda part: measured.append(len(part)) or share(part),
+        )
         found[rank] = (one.volume(one.survey(), epochs=1.5), sum(measured))
 
     threads = [Thread(target=work, args=(rank,)) for rank in range(3)]

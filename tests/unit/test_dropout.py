@@ -62,7 +62,8 @@ def test_recompute(kind):
 
 @pytest.mark.parametrize("silent", ["attention.out", "mlp.down"])
 def test_hidden_dropout_falls_on_what_attention_and_mlp_add(silent):
-    """With one of them silent, the other's addition is left out or doubled at a rate of a half; the residual stays."""
+    """With one of them silent, the other's addition is left out or doubled at a rate of a
+    half; the residual stays."""
     block = with_dropout(hidden_dropout=0.5).decoder.blocks[0]
     torch.nn.init.zeros_(block.get_submodule(silent).weight)
     x = torch.randn(1, 17, 32, generator=torch.Generator().manual_seed(0))

@@ -77,7 +77,13 @@ def labels(template: Template, turns: tuple[Turn, ...]) -> str:
     return text
 
 
-def theirs(jinja: str, turns: tuple[Turn, ...], lists: tuple[str, ...], *, prompt: bool = False) -> str:
+def theirs(
+    jinja: str,
+    turns: tuple[Turn, ...],
+    lists: tuple[str, ...],
+    *,
+    prompt: bool = False,
+) -> str:
     """transformers' rendering: images, then one text."""
     messages = []
     for turn in turns:
@@ -231,7 +237,10 @@ def test_a_sample_whose_images_are_written_otherwise_is_named() -> None:
     encoder = Encoder(TINY, variant(IMAGE_PARTS.replace("PICTURE", picture)), None, LAYOUT)
     short, long = talk(images=(1, 0)), talk(images=(1, 0)) + talk()
     assert IMAGE in encoder.encode(Sample(source="s", id="0", turns=short, images=(PICTURE,))).tokens.tolist()
-    with pytest.raises(SampleError, match=r"sample '1' of 's': the chat template writes 0 image\(s\) of its 1"):
+    with pytest.raises(
+        SampleError,
+        match=r"sample '1' of 's': the chat template writes 0 image\(s\) of its 1",
+    ):
         encoder.encode(Sample(source="s", id="1", turns=long, images=(PICTURE,)))
 
 
@@ -254,7 +263,8 @@ def test_images_among_words() -> None:
     turns = (Turn(role="user", text="Of <image> and <image>?"), Turn(role="assistant", text="A"))
     with pytest.raises(SampleError, match="put its images first"):
         encoder.encode(Sample(source="s", id="0", turns=turns, images=(PICTURE, PICTURE)))
-    texts = Encoder(TINY, PUBLISHED["either"], None, LAYOUT)  # writes texts too, images where they stand
+    # writes texts too, images where they stand
+    texts = Encoder(TINY, PUBLISHED["either"], None, LAYOUT)
     assert texts.encode(Sample(source="s", id="0", turns=turns, images=(PICTURE, PICTURE))).tokens.tolist().count(IMAGE) == 6
 
 
@@ -296,8 +306,12 @@ def specials_tokenizer() -> JsonTokenizer:
     """The demo's tokenizer, which knows ChatML's tokens."""
     import tokenizers
 
-    model = tokenizers.Tokenizer.from_file(str(Path(__file__).parents[2] / "neva/recipes/tokenizer/tokenizer.json"))
-    model.add_special_tokens([AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>")])
+    model = tokenizers.Tokenizer.from_file(
+        str(Path(__file__).parents[2] / "neva/recipes/tokenizer/tokenizer.json"),
+    )
+    model.add_special_tokens(
+        [AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>")],
+    )
     return JsonTokenizer(
         {
             "tokenizer.json": model.to_str().encode(),

@@ -176,7 +176,10 @@ def test_the_first_of_two_stop_texts_in_one_token_ends_the_answer(loaded: Loaded
     assert (request.answer().text, request.finish) == (text[:1], "stop")
 
 
-def test_an_answer_without_any_stop_text_has_its_text(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_without_any_stop_text_has_its_text(
+    loaded: Loaded,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = without_end(loaded)
     monkeypatch.setattr(Encoder, "stops", ())
     (answer,) = generate(model, SAMPLES[4:], Sampling(max_new_tokens=5))

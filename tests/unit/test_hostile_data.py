@@ -15,12 +15,17 @@ from tests.unit.test_bad_input import GOOD, data_file, must_fail, train
 DEEP = '{"id": "deep", "n": "]}", "conversations": ' + "[" * 100_000 + "]" * 100_000 + "}"
 DEEP_OBJECTS = '{"id": "deep", "n": ' + '{"a":' * 100_000 + "1" + "}" * 100_000 + "}"
 RED = "\x1b[31m\x1b]0;owned\x07\x9b2J\r\u202e"
-"""Colour, a window's title, a cleared screen, a line that overwrites itself, and text from right to left."""
+"""Colour, a window's title, a cleared screen, a line that overwrites itself, and
+text from right to left."""
 
 
 @pytest.mark.parametrize("deep", [DEEP, DEEP_OBJECTS], ids=["lists", "objects"])
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_a_row_that_nests_too_deep_is_an_error_with_its_number(suffix: str, deep: str, tmp_path: Path) -> None:
+def test_a_row_that_nests_too_deep_is_an_error_with_its_number(
+    suffix: str,
+    deep: str,
+    tmp_path: Path,
+) -> None:
     path = tmp_path / f"data{suffix}"
     rows = [json.dumps(GOOD), deep, json.dumps(GOOD)]
     path.write_text("[" + ",\n".join(rows) + "]" if suffix == ".json" else "\n".join(rows))

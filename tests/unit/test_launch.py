@@ -1,4 +1,5 @@
-"""How a command's process ends: its exit code, what it had printed, and nothing that runs after it."""
+"""How a command's process ends: its exit code, what it had printed, and
+nothing that runs after it."""
 
 import os
 import subprocess
@@ -17,7 +18,14 @@ def ended(body: str) -> subprocess.CompletedProcess[str]:
     """A process that ends a command of these lines by `end_at_once`."""
     lines = "\n".join("    " + line for line in body.splitlines())
     code = f"import atexit, sys, threading, time\nfrom neva import launch\ndef command():\n{lines}\nlaunch.end_at_once(command)\nprint('behind')"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=BLOCKS, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=BLOCKS,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ TINY = VLMS["llava-tiny"]
 
 def test_images_are_padded_with_the_encoders_mean_colour():
     """Red, green, blue, rounded down, as LLaVA's `expand2square` gets them."""
-    assert VLMS["llava-1.5-7b"].layout.pad_colour == (122, 116, 104)  # CLIP's 0.4815, 0.4578, 0.4082
+    # CLIP's 0.4815, 0.4578, 0.4082
+    assert VLMS["llava-1.5-7b"].layout.pad_colour == (122, 116, 104)
     assert TINY.vision is not None
     other = replace(TINY, vision=replace(TINY.vision, mean=(0.1, 0.5, 0.999), std=(1.0, 1.0, 1.0)))
     assert other.layout.pad_colour == (25, 127, 254)

@@ -1,4 +1,5 @@
-"""A published NeMo checkpoint's headers (tests/data/nemo): names, shapes, dtype and config are read as what they are."""
+"""A published NeMo checkpoint's headers (tests/data/nemo): names, shapes, dtype and config are
+read as what they are."""
 
 import json
 import math
@@ -15,7 +16,9 @@ from neva.checkpoint.nemo import read_nemo
 from neva.models.presets import DECODERS
 from neva.models.vlm import VLM, VLMConfig
 
-LISTING = yaml.safe_load((Path(__file__).parents[1] / "data" / "nemo" / "nemotron-4-340b.yaml").read_text())
+LISTING = yaml.safe_load(
+    (Path(__file__).parents[1] / "data" / "nemo" / "nemotron-4-340b.yaml").read_text(),
+)
 PRESET = DECODERS["nemotron4-340b"]
 UNLISTED = {
     "model.decoder.layers.self_attention.linear_qkv.weight": [96, (96 + 2 * 8) * 192, 18432],
@@ -35,7 +38,12 @@ def headers(folder: Path, arrays: dict[str, list[int]]) -> Path:
     weights = folder / "model_weights"
     for name, shape in arrays.items():
         (weights / name).mkdir(parents=True)
-        header: dict[str, Any] = {"zarr_format": 2, "shape": shape, "chunks": shape, "dtype": LISTING["dtype"]}
+        header: dict[str, Any] = {
+            "zarr_format": 2,
+            "shape": shape,
+            "chunks": shape,
+            "dtype": LISTING["dtype"],
+        }
         header |= {"compressor": None, "fill_value": None, "filters": None, "order": "C"}
         (weights / name / ".zarray").write_text(json.dumps(header))
         with (weights / name / ".".join("0" for _ in shape)).open("wb") as file:
@@ -56,7 +64,10 @@ def ours() -> dict[str, tuple[int, ...]]:
 
 
 def test_the_config_is_the_presets(tmp_path: Path) -> None:
-    source = read_nemo(headers(tmp_path / "nemo", LISTING["arrays"] | UNLISTED), tmp_path / "scratch")
+    source = read_nemo(
+        headers(tmp_path / "nemo", LISTING["arrays"] | UNLISTED),
+        tmp_path / "scratch",
+    )
     assert source.model == PRESET
 
 

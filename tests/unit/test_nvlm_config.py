@@ -156,7 +156,12 @@ def test_a_step_packs_the_articles_batch(kind: str) -> None:
     means, samples = {"d": (330, 1500), "x": (80, 250), "h": (330, 500)}[kind], {"d": (2048, 128), "x": (2048, 512), "h": (2048, 256)}[kind]
     for stage, tokens, expected in zip(recipes.get(f"nvlm-{kind}-34b"), means, samples, strict=True):
         b, tiles = stage.batch, stage.model.layout.most_tiles
-        budget = Budget(seq_length=b.seq_length, rows=b.rows, micro_rows=b.micro_rows, max_tiles=b.max_tiles)
+        budget = Budget(
+            seq_length=b.seq_length,
+            rows=b.rows,
+            micro_rows=b.micro_rows,
+            max_tiles=b.max_tiles,
+        )
         items = [Item(number, tokens // 2 + number * 37 % tokens, tiles) for number in range(4 * expected)]
         rows = sum(1 for _ in Packer(budget, items).rows())
         assert 4 * expected / rows * b.rows == pytest.approx(expected, rel=0.05)

@@ -68,7 +68,8 @@ def lines() -> list[dict]:
 
 
 class Page(HTMLParser):
-    """Rows of table cells as text, the attributes of every element, and the text of the answers' cards."""
+    """Rows of table cells as text, the attributes of every element, and the text
+    of the answers' cards."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -106,7 +107,12 @@ SHOWN = (
 
 
 def written(folder: Path) -> str:
-    report.write(folder / "report.html", report=REPORT, plots=report.loss_plots(lines()), shown=SHOWN)
+    report.write(
+        folder / "report.html",
+        report=REPORT,
+        plots=report.loss_plots(lines()),
+        shown=SHOWN,
+    )
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -184,7 +190,10 @@ def smoothed(stage: str, kind: str) -> list[tuple[int, float]]:
 
 def test_metrics_are_the_lines_of_the_file(tmp_path: Path) -> None:
     rows = [{"stage": "ä", "step": 1}, {"stage": "b", "step": 2}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        encoding="utf-8",
+    )
     assert report.metrics(tmp_path) == rows
 
 
@@ -199,7 +208,8 @@ def test_mistakes_come_first_and_kinds_in_turn() -> None:
 
 
 def test_accuracy_and_what_is_had_without_looking() -> None:
-    """Per kind, and per source where samples have no kind; a kind's own commonest truth, right or wrong."""
+    """Per kind, and per source where samples have no kind; a kind's own commonest
+    truth, right or wrong."""
     told = [judged(truth, right=right, kind="even") for truth, right in (("no", True), ("yes", False), ("yes", False))]
     told += [judged(truth, right=truth == "3", kind="digit") for truth in "13233"]
     told += [judged("yes", right=True, kind=""), judged("no", right=False, kind="")]
@@ -224,16 +234,31 @@ class Listed:
 
 
 def test_blanked_images_are_black_and_all_else_stays(tmp_path: Path) -> None:
-    """Of the size that the image has when it is shown: a photograph with an EXIF rotation is turned."""
-    noise = torch.randint(1, 256, (5, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    """Of the size that the image has when it is shown: a photograph with an
+    EXIF rotation is turned."""
+    noise = torch.randint(
+        1,
+        256,
+        (5, 8, 3),
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.uint8,
+    )
     picture = Image.fromarray(noise.numpy())
     picture.save(tmp_path / "a.png")
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(tmp_path / "turned.jpg", exif=exif)
-    turns = (Turn(role="user", text="<image><image><image>What?"), Turn(role="assistant", text="A cat."))
+    turns = (
+        Turn(role="user", text="<image><image><image>What?"),
+        Turn(role="assistant", text="A cat."),
+    )
     images = (tmp_path / "a.png", tmp_path / "turned.jpg", picture)
-    source = Listed([Sample(source="s", id="7", kind="k", turns=turns, images=images), Sample(source="s", id="8", turns=turns[1:])])
+    source = Listed(
+        [
+            Sample(source="s", id="7", kind="k", turns=turns, images=images),
+            Sample(source="s", id="8", turns=turns[1:]),
+        ]
+    )
     blanked = Blanked(source)
     assert (len(blanked), blanked.name) == (2, "held-out")
     seen = blanked[0]
@@ -247,14 +272,32 @@ def test_blanked_images_are_black_and_all_else_stays(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not CHROMIUM, reason="Debian's chromium is not installed: the page is not drawn")
 def test_a_browser_draws_the_page(tmp_path: Path) -> None:
-    """Bars, curves and images have their colours on the picture, and the card of a mistake its own."""
+    """Bars, curves and images have their colours on the picture, and the card
+    of a mistake its own."""
     written(tmp_path)
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=1"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1700", f"--screenshot={tmp_path / 'page.png'}"]
-    subprocess.run([*command, (tmp_path / "report.html").as_uri()], check=True, timeout=120, capture_output=True)
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--force-device-scale-factor=1",
+    ]
+    command += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1200,1700",
+        f"--screenshot={tmp_path / 'page.png'}",
+    ]
+    subprocess.run(
+        [*command, (tmp_path / "report.html").as_uri()],
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
     with Image.open(tmp_path / "page.png") as page:
         drawn = dict((colour, count) for count, colour in page.convert("RGB").getcolors(2**24))
-    wanted = round(160 * 0.875) + round(160 * 0.25)  # of the two blue bars, 12 pixels high with round corners
+    # of the two blue bars, 12 pixels high with round corners
+    wanted = round(160 * 0.875) + round(160 * 0.25)
     assert drawn[(0x25, 0x63, 0xEB)] >= 0.95 * 12 * wanted
     for colour in ((200, 10, 10), (10, 200, 10), (10, 10, 200)):
         assert 0.95 * 84**2 <= drawn[colour] <= 84**2

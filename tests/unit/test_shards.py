@@ -41,7 +41,12 @@ def places(tmp_path: Path, ending: str) -> list[str]:
 
 @pytest.mark.parametrize("number", range(6))
 @pytest.mark.parametrize(("kind", "ending"), [("safetensors", "safetensors"), ("torch", "bin")])
-def test_an_index_that_names_files_outside_its_folder_is_refused(kind: str, ending: str, number: int, tmp_path: Path) -> None:
+def test_an_index_that_names_files_outside_its_folder_is_refused(
+    kind: str,
+    ending: str,
+    number: int,
+    tmp_path: Path,
+) -> None:
     """The files are there and hold what the index says: only where they lie is wrong."""
     place = places(tmp_path, ending)[number]
     folder = folder_with_index(tmp_path, place, kind)
@@ -57,10 +62,16 @@ def test_the_same_index_with_a_file_inside_is_read(kind: str, name: str, tmp_pat
 
 
 @pytest.mark.parametrize("listed", [["a"], ["a", "b", "c"]])
-def test_an_index_that_lists_other_tensors_than_its_file_holds_is_refused(listed: list[str], tmp_path: Path) -> None:
+def test_an_index_that_lists_other_tensors_than_its_file_holds_is_refused(
+    listed: list[str],
+    tmp_path: Path,
+) -> None:
     """Fewer: part of the model would be left out. More: a part is missing."""
     folder = folder_with_index(tmp_path, "one.safetensors", "safetensors")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(listed, "one.safetensors")}))
-    with pytest.raises(CheckpointError, match="also hold b" if len(listed) == 1 else "lists 'c' in one.safetensors"):
+    with pytest.raises(
+        CheckpointError,
+        match="also hold b" if len(listed) == 1 else "lists 'c' in one.safetensors",
+    ):
         open_shards(folder)

@@ -69,7 +69,8 @@ def test_an_image_without_a_pixel(size: tuple[int, int]) -> None:
 
 
 def pictures() -> list[Image.Image]:
-    """Real images of many shapes and modes; 60 more where the shared data lies beside the repository."""
+    """Real images of many shapes and modes; 60 more where the shared data lies
+    beside the repository."""
     paths = [path for path in sorted(IMAGES.iterdir()) if path.suffix in (".png", ".jpg")]
     for name in ("vega_charts", "forms", "nlvr", "mathv", "emoji", "easyvqa"):
         found = sorted(path for path in (SHARED / name).rglob("*.*") if path.suffix in (".png", ".jpg", ".jpeg"))

@@ -1,6 +1,7 @@
 """A checkpoint may name a function to run on images: it runs only where the caller says so.
 
-The function's module writes a file when it is imported: the canary, whose absence is what is tested.
+The function's module writes a file when it is imported: the canary, whose
+absence is what is tested.
 """
 
 import json
@@ -94,7 +95,11 @@ def test_inspect_tells_of_it_and_runs_nothing(checkpoint: Path, place: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["generate", "eval"])
-def test_a_checkpoints_function_runs_only_where_the_caller_trusts_it(name: str, checkpoint: Path, place: Path) -> None:
+def test_a_checkpoints_function_runs_only_where_the_caller_trusts_it(
+    name: str,
+    checkpoint: Path,
+    place: Path,
+) -> None:
     asked = command(name, checkpoint, place)
     environment = {"PYTHONPATH": f"{place}"}
     refused = run(*asked, code=1, environment=environment)
@@ -114,7 +119,11 @@ def test_load_refuses_it_unless_it_is_trusted(checkpoint: Path) -> None:
     assert loaded.encoder.layout.process == "canary_module:shrink"
 
 
-def test_what_runs_is_the_function(checkpoint: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_is_the_function(
+    checkpoint: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     loaded = load(checkpoint, trust_code=True)
     monkeypatch.syspath_prepend(place)
     tiles = to_tiles(Image.new("RGB", (40, 30)), loaded.encoder.layout)
@@ -137,17 +146,31 @@ def test_show_does_not_put_it_into_a_recipe(checkpoint: Path, place: Path) -> No
 
 
 @pytest.mark.multi
-def test_training_goes_without_it_where_the_user_leaves_it_out(checkpoint: Path, place: Path) -> None:
-    run(*training(checkpoint, place, "model.image.process="), environment={"PYTHONPATH": str(place)})
+def test_training_goes_without_it_where_the_user_leaves_it_out(
+    checkpoint: Path,
+    place: Path,
+) -> None:
+    run(
+        *training(checkpoint, place, "model.image.process="),
+        environment={"PYTHONPATH": str(place)},
+    )
     assert canaries(place) == 0
     assert load(place / "run").encoder.layout.process == ""
 
 
 @pytest.mark.multi
 @pytest.mark.parametrize("more", [("--trust-code",), ("model.image.process=canary_module:shrink",)])
-def test_training_with_it_works_over_ranks_and_workers(checkpoint: Path, place: Path, more: tuple[str, ...]) -> None:
+def test_training_with_it_works_over_ranks_and_workers(
+    checkpoint: Path,
+    place: Path,
+    more: tuple[str, ...],
+) -> None:
     """Trusted, or named by the user: then two ranks and their data workers run it."""
-    evaluate = ("evaluate.every=1", f"evaluate.source={place}/data.json", f"evaluate.image_folder={place}")
+    evaluate = (
+        "evaluate.every=1",
+        f"evaluate.source={place}/data.json",
+        f"evaluate.image_folder={place}",
+    )
     asked = training(checkpoint, place, "--nproc", "2", *evaluate, *more)
     run(*asked, environment={"PYTHONPATH": str(place)})
     assert canaries(place) >= 2
