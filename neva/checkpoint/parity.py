@@ -176,6 +176,9 @@ def llava(
     shown, ids = Image.fromarray(_tiles(config.vision)[0].permute(1, 2, 0).numpy()).resize((61, 33)), _ids(config.decoder)
     tiles, found = to_tiles(shown, config.layout), tiling(shown.size, config.layout)
     image_id = theirs.config.image_token_id
+    if not 0 <= image_id < config.decoder.vocab:
+        rows = f"which none of the embedding's {config.decoder.vocab} rows is for"
+        raise CheckpointError(f"{folder}/config.json: the image token is {image_id}, {rows}.")
     ids = torch.where(ids == image_id, ids - 1, ids)
     pixels = normalise(tiles, config.vision.mean, config.vision.std)
     given: dict[str, Any] = {"pixel_values": pixels}

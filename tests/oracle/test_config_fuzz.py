@@ -108,8 +108,24 @@ def test_one_field_of_the_original_layout_changed(tmp_path: Path) -> None:
     assert count > 500 and found == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama3 scaling", "mixtral", "clip", "llava with its text"])
+LONG = ("llama3 scaling", "mixtral", "llava with its text")
+
+
+def test_an_image_token_that_is_none_is_refused_in_a_line(tmp_path: Path) -> None:
+    whole(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_token_index": -1}))
+    with pytest.raises(ValueError, match=r"config\.json: the image token is -1"):
+        api.import_checkpoint([tmp_path / "hf"], tmp_path / "out", say=str)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("clip", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.soak) for name in LONG),
+    ],
+)
 def test_one_field_changed_and_all_compared(name: str, tmp_path: Path) -> None:
     """The same through the whole import, with transformers' reading of the folder."""
     if name in FOLDERS:

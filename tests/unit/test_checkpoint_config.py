@@ -92,7 +92,8 @@ def test_in_a_nemo_config_too(value: str, tmp_path: Path) -> None:
     value = value.replace("2026-99-99", "!!timestamp 2026-99")  # a plain date is text there
     path = tmp_path / "model_config.yaml"
     path.write_text(f"name: {value}\n")
-    for read, told in ((lambda: interpolation.load(path), path), (lambda: read_config(tmp_path), tmp_path)):
+    readers = ((lambda: interpolation.load(path), path), (lambda: read_config(tmp_path), tmp_path))
+    for read, told in readers:
         with pytest.raises(ValueError, match="cannot be read") as error:
             read()
         assert str(told) in str(error.value) and "\n" not in str(error.value)
