@@ -85,7 +85,7 @@ def _grows(step: Mapping[str, Any]) -> float:
     pattern = step.get("pattern")
     found = pattern.get("String") if isinstance(pattern, Mapping) else None
     short = len(found.encode()) if isinstance(found, str) else 1
-    return max(1, len(str(step.get("content", "")).encode()) / max(1, short) + (short == 0))
+    return max(1.0, len(str(step.get("content", "")).encode()) / max(1, short) + (short == 0))
 
 
 @dataclass(frozen=True, kw_only=True)
