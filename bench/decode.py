@@ -39,12 +39,18 @@ class NoText(Tokenizer):
     """A tokenizer without an end token: the request is token ids, and so is the answer."""
 
     bos, eos, pad, size = None, -1, 0, IMAGE_ID
+    own_size = IMAGE_ID
+    specials = ()
+    gap = ""
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
         return []
 
     def decode(self, ids: Sequence[int]) -> str:
         return ""
+
+    def spell(self, id: int) -> str:
+        return str(id)
 
 
 def make_request() -> Encoded:
