@@ -192,12 +192,15 @@ def llava(
     with torch.no_grad():
         hidden = _hidden(theirs.model.vision_tower, config.vision, tiles)
         features = theirs.model.multi_modal_projector(hidden)
+        with loading(folder):
+            of_text = theirs(input_ids=ids).logits[0]
+            of_both = theirs(input_ids=placed, **given).logits[0]
         return [
             *_ends(config.decoder, read, theirs),
             _difference("encoder features", ours.vision(tiles), hidden),  # type: ignore[misc]
             _difference("projected features", ours.features(tiles), features),
-            _difference("logits of text", _run(ours, ids), theirs(input_ids=ids).logits[0]),
-            _difference("logits with an image", _run(ours, ours_placed, tiles, slots), theirs(input_ids=placed, **given).logits[0]),
+            _difference("logits of text", _run(ours, ids), of_text),
+            _difference("logits with an image", _run(ours, ours_placed, tiles, slots), of_both),
         ]
 
 
@@ -301,7 +304,7 @@ def loading(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:  # it checks little, and raises whatever it meets
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        told = f"transformers cannot load {folder}, so nothing can be compared ({reason})."
+        told = f"transformers cannot load and run {folder}, so nothing can be compared ({reason})."
         raise CheckpointError(told) from None
 
 

@@ -111,12 +111,20 @@ def test_one_field_of_the_original_layout_changed(tmp_path: Path) -> None:
 LONG = ("llama3 scaling", "mixtral", "llava with its text")
 
 
-def test_an_image_token_that_is_none_is_refused_in_a_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("image_token_index", -1, r"config\.json: the image token is -1"),
+        ("vision_feature_layer", 0, "transformers cannot load and run"),
+    ],
+)
+def test_what_transformers_cannot_run_is_refused_in_a_line(field: str, value: int, says: str, tmp_path: Path) -> None:
     whole(tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "image_token_index": -1}))
-    with pytest.raises(ValueError, match=r"config\.json: the image token is -1"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ValueError, match=says) as error:
         api.import_checkpoint([tmp_path / "hf"], tmp_path / "out", say=str)
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
