@@ -165,13 +165,21 @@ def generate(checkpoint: str, as_json: bool, **options: Any) -> None:
         raise click.UsageError("--image-folder goes with --data; give the prompt's images with --image")
     from neva import api
 
+    asked = False
+    refused = False
     for row in api.generate(checkpoint, **_given(options)):
+        if "error" in row:
+            refused = True
+        else:
+            asked = True
         if as_json:
             _echo(json.dumps(row, ensure_ascii=False))
         elif "error" in row:
             _echo(f"Not asked: {row['error']}", err=True)
         else:
             _echo(row["text"] if options["prompt"] is not None else f"{row['id']}: {row['text']}")
+    if refused and not asked:
+        raise ValueError("no question of the file could be asked: mend it, or name another")
 
 
 @main.command("eval")

@@ -84,7 +84,13 @@ def _stages(kind: Kind, size: Literal["34b", "72b"]) -> tuple[TrainConfig, ...]:
         name="pretrain",
         model=model if kind == "h" else replace(model, image=replace(model.image, max_tiles=1, tags="none")),
         trainable=CONNECTOR[kind],
-        data=DataConfig(sources=_sources(PRETRAIN, []), template="nvlm-pretrain", workers=8),
+        # Samples of a third of a row fill it from a larger pool: of 128, NVLM-D's SFT loses 4 %.
+        data=DataConfig(
+            sources=_sources(PRETRAIN, []),
+            template="nvlm-pretrain",
+            workers=8,
+            pool=256,
+        ),
         batch=BatchConfig(seq_length=length, rows=rows[0], micro_rows=1, max_tiles=TILES[kind][0]),
         optim=RATES[kind][0],
         steps=STEPS[kind][0],

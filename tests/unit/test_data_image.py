@@ -108,7 +108,7 @@ def test_bad_images_are_told(tmp_path: Path) -> None:
     jpeg = saved(Image.fromarray(noise(64, 64)), "JPEG")
     cases = {
         "missing": (tmp_path / "no.png", "is missing"),
-        "folder": (tmp_path, "cannot be read"),
+        "folder": (tmp_path, "is no image but a folder"),
         "empty": (b"", r"is empty \(0 bytes\)"),
         "text": (b"hello, I am no image", "cannot be read"),
         "bomb": (bomb(), "over the limit"),

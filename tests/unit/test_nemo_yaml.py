@@ -418,7 +418,7 @@ def test_the_environment_and_the_command_line(tmp_path, monkeypatch):
     ("a: [", ":1 cannot be read as YAML"), ("a: 1", "has no model.mm_cfg"), ("model: {mm_cfg: {}}", "lacks model.num_layers"),
     ("model: {mm_cfg: null}", "has no model.mm_cfg"), ("model: 5", "model: 5 is no mapping"), ("- a", "holds a list"), ("words", "holds text"),
     ("", "holds nothing"), ("# Title\n\n`code`: text", ":3 cannot be read as YAML"), ("a: 1\na: 2", "the key a stands twice"),
-    ("a: &a {b: *a}", "recursive"), ("model: {mm_cfg: {a: '${model.mm_cfg}'}}", "refers to itself"),
+    ("a: &a {b: *a}", "stands within itself"), ("model: {mm_cfg: {a: '${model.mm_cfg}'}}", "refers to itself"),
     ("model: {mm_cfg: '${elsewhere}'}", "elsewhere is not in the file"),
 ])  # fmt: skip
 def test_refused(content, said, tmp_path):

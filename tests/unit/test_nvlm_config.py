@@ -163,7 +163,7 @@ def test_a_step_packs_the_articles_batch(kind: str) -> None:
             max_tiles=b.max_tiles,
         )
         items = [Item(number, tokens // 2 + number * 37 % tokens, tiles) for number in range(4 * expected)]
-        rows = sum(1 for _ in Packer(budget, items).rows())
+        rows = sum(1 for _ in Packer(budget, items, pool=stage.data.pool).rows())
         assert 4 * expected / rows * b.rows == pytest.approx(expected, rel=0.05)
 
 
