@@ -60,7 +60,7 @@ def unpacked(folder: Path, name: str) -> Path:
     return folder
 
 
-def equal_to_llama_cpps(tokenizer: Tokenizer, name: str) -> None:
+def assert_equal_to_llama_cpps(tokenizer: Tokenizer, name: str) -> None:
     folder = DATA / "tokenizers" / "expected_ids"
     texts = (folder / f"{name}.inp").read_text().split("\n__ggml_vocab_test__\n")
     lines = (folder / f"{name}.out").read_text().splitlines()
@@ -73,13 +73,13 @@ def equal_to_llama_cpps(tokenizer: Tokenizer, name: str) -> None:
 def test_ids_equal_llama_cpps(name: str, file: str, tmp_path: Path) -> None:
     """tiktoken's ranks and GPT-2's pair of files give the ids that llama.cpp expects of them."""
     folder, _, own = file.partition("/")
-    equal_to_llama_cpps(load_tokenizer(unpacked(tmp_path, folder) / own), name)
+    assert_equal_to_llama_cpps(load_tokenizer(unpacked(tmp_path, folder) / own), name)
 
 
 @needs_shared
 @pytest.mark.parametrize(("name", "file"), [("llama-spm", "llama2"), ("llama-bpe", "llama3")])
 def test_ids_of_llamas_own_tokenizers_equal_llama_cpps(name: str, file: str) -> None:
-    equal_to_llama_cpps(load_tokenizer(SHARED / "tokenizers" / file / "tokenizer.model"), name)
+    assert_equal_to_llama_cpps(load_tokenizer(SHARED / "tokenizers" / file / "tokenizer.model"), name)
 
 
 @needs_shared
