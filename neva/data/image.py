@@ -5,10 +5,11 @@ Shapes: n tiles of side p pixels.
 
 import importlib
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from neva.batch import ImageLayout
+from neva.data.kinds import first_bytes, what_it_is, without_text
 from neva.data.sample import Picture
 from neva.data.tiling import best_pinpoint, fitted, tiling
 
@@ -48,25 +50,32 @@ UPRIGHT = {
 def open_image(picture: Picture) -> Image.Image:
     """The picture decoded, upright and in RGB; transparency is laid over white, deep greys are scaled to 8 bits.
 
-    Raises ValueError with the reason if it is missing, empty, truncated, no image, or too large.
+    Raises ValueError with the path, the reason and what to do if it is missing, empty, truncated,
+    no image, or too large.
     """
-    with _opened(picture) as image:
-        orientation = _orientation(image)  # of a PNG it must be asked before: the header's answer counts, as in image_size
-        image.load()
-        if image.format == "TIFF":
-            orientation = _orientation(image)  # Pillow turns a TIFF by itself, and then says that it is upright
-        turn = UPRIGHT.get(orientation)
-        rgb = _rgb(image)
-        return rgb.transpose(turn) if turn is not None else rgb
+    return _read(picture, _decoded)
 
 
 def image_size(picture: Picture) -> tuple[int, int]:
     """(width, height) after EXIF rotation, from the header alone. Raises as `open_image`, except for damage after the header."""
-    with _opened(picture) as image:
-        width, height = image.size
-        if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose `size` is already turned, or not, by Pillow's version
-            width, height = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+    return _read(picture, _upright_size)
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)  # of a PNG it must be asked before: the header's answer counts, as in image_size
+    image.load()
+    if image.format == "TIFF":
+        orientation = _orientation(image)  # Pillow turns a TIFF by itself, and then says that it is upright
+    turn = UPRIGHT.get(orientation)
+    rgb = _rgb(image)
+    return rgb.transpose(turn) if turn is not None else rgb
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose `size` is already turned, or not, by Pillow's version
+        width, height = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
+    return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def to_tiles(image: Image.Image, layout: ImageLayout, *, max_tiles: int = 0) -> UInt8[Tensor, "n 3 p p"]:
@@ -161,41 +170,69 @@ def _processed(image: Image.Image, layout: ImageLayout) -> UInt8[Tensor, "n 3 p 
     return tiles
 
 
-@contextmanager
-def _opened(picture: Picture) -> Iterator[Image.Image]:
-    """The picture's header read and its size checked; whatever goes wrong up to the end of the block is a ValueError."""
+T = TypeVar("T")
+
+
+class _Fault(ValueError):
+    """What is wrong with a picture, in full."""
+
+
+def _read(picture: Picture, read: Callable[[Image.Image], T]) -> T:
+    """What `read` makes of the opened picture; whatever goes wrong is a ValueError with the
+    picture's path and what to do."""
+    called = _called(picture)
     try:
-        if isinstance(picture, Image.Image):
-            _check_header(picture)
-            yield picture
-            return
-        if isinstance(picture, bytes) and not picture:
-            raise ValueError("the image is empty (0 bytes): download it again or leave the sample out")
-        if isinstance(picture, Path) and picture.is_file() and picture.stat().st_size == 0:
-            raise ValueError(f"the image {picture} is empty (0 bytes): download it again or leave the sample out")
-        if isinstance(picture, Path) and picture.exists() and not picture.is_file():
-            raise ValueError(
-                f"{picture} is no image but a folder, a pipe or a device: leave the sample out",
-            )
-        file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
-        with Image.open(file, formats=_formats()) as image:
-            _check_header(image)
-            yield image
+        return _tried(picture, called, read)
     except ValueError:
-        raise
+        bare = without_text(picture)
+        if bare is None:
+            raise
+    return _tried(bare, called, read)
+
+
+def _tried(picture: Picture, called: str, read: Callable[[Image.Image], T]) -> T:
+    try:
+        with _opened(picture, called) as image:
+            _check_header(image, called)
+            return read(image)
+    except _Fault as fault:
+        raise ValueError(str(fault)) from None
     except FileNotFoundError:
-        raise ValueError(f"the image {picture} is missing: check image_folder and the sample's image path") from None
+        raise ValueError(f"{called} is missing: check image_folder and the sample's image path") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{_called(picture)} is too large to decode ({error}): make it smaller or leave the sample out") from None
+        raise ValueError(f"{called} is too large to decode ({error}): make it smaller or leave the sample out") from None
     except UnidentifiedImageError:
-        known = ", ".join(_formats())
-        reason = f"it is damaged, or of none of the formats {known}"
-        raise ValueError(
-            f"{_called(picture)} cannot be read: {reason}; replace it or leave the sample out",
-        ) from None
+        raise ValueError(_unidentified(picture, called)) from None
     except Exception as error:  # Pillow's decoders raise errors of a dozen types on damaged data
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{_called(picture)} cannot be read ({reason}): it is damaged or no image; replace it or leave the sample out") from None
+        raise ValueError(f"{called} cannot be read ({reason}): it is damaged or no image; replace it or leave the sample out") from None
+
+
+def _opened(picture: Picture, called: str) -> AbstractContextManager[Image.Image]:
+    """The picture with its header read."""
+    if isinstance(picture, Image.Image):
+        return nullcontext(picture)
+    empty = picture == b""
+    if isinstance(picture, Path) and picture.exists():
+        if not picture.is_file():
+            what = "is no image but a folder, a pipe or a device"
+            raise _Fault(f"{called} {what}: leave the sample out")
+        empty = picture.stat().st_size == 0
+    if empty:
+        raise _Fault(f"{called} is empty (0 bytes): download it again or leave the sample out")
+    file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+    return Image.open(file, formats=_formats())
+
+
+def _unidentified(picture: Picture, called: str) -> str:
+    """What is said of a file that Pillow does not know."""
+    known = f"of none of the formats {', '.join(_formats())}"
+    found = what_it_is(first_bytes(picture))
+    if found is not None:
+        what, fix = found
+        return f"{called} is {what}, {known}: {fix}, or leave the sample out"
+    reason = f"it is damaged, or {known}"
+    return f"{called} cannot be read: {reason}; replace it or leave the sample out"
 
 
 @cache
@@ -209,25 +246,29 @@ def _called(picture: Picture) -> str:
     return f"the image {picture}" if isinstance(picture, Path) else "the image"
 
 
-def _check_header(image: Image.Image) -> None:
-    """Raise ValueError for an image that its size or its kind of pixels lets nobody decode."""
+def _check_header(image: Image.Image, called: str) -> None:
+    """Raise for an image that its size or its kind of pixels lets nobody decode."""
     if image.mode == "F":
-        what = "an image of floating-point pixels has no known range"
-        raise ValueError(f"{what}: save it with 8 or 16 bits per channel")
+        what = "has floating-point pixels, of no known range"
+        raise _Fault(f"{called} {what}: save it with 8 or 16 bits per channel")
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
-            f"an image of {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}: make it smaller or leave the sample out"
-        )
+        size = f"has {image.width} x {image.height} pixels, over the limit of {MAX_PIXELS:,}"
+        raise _Fault(f"{called} {size}: make it smaller or leave the sample out")
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation that the header tells, 1 (upright) if none."""
-    if image.format == "PNG":  # getexif would decode the whole file to look for a chunk after the pixels
-        exif = Image.Exif()
-        exif.load(image.info.get("exif", b""))
-    else:
-        exif = image.getexif()
-    return int(exif.get(ExifTags.Base.Orientation, 1) or 1)
+    """The EXIF orientation that the header tells; 1 (upright) if none, or one that means
+    nothing."""
+    try:
+        if image.format == "PNG":  # getexif would decode the whole file to look for a chunk after the pixels
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+        else:
+            exif = image.getexif()
+        value = exif.get(ExifTags.Base.Orientation)
+        return int(value) if value in UPRIGHT else 1  # of any type: a text or several are not in it
+    except Exception:  # the data can be anything; Pillow raises a dozen types
+        return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -19,6 +19,7 @@ from neva.batch import ImageLayout
 from neva.data import image as module
 from neva.data.image import image_size, open_image, to_tiles
 
+CASES = Path(__file__).parents[1] / "data" / "cases"
 ORIENTATION = 0x0112
 
 
@@ -85,6 +86,173 @@ def test_exif_rotation(format: str, orientation: int) -> None:
     assert image.tobytes() == expected.tobytes()
 
 
+def turned_by_pillow(data: bytes) -> Image.Image:
+    """By Pillow's own exif_transpose; as it lies where that fails."""
+    from PIL import ImageOps
+
+    with Image.open(io.BytesIO(data)) as raw:
+        try:
+            return ImageOps.exif_transpose(raw).convert("RGB")
+        except Exception:
+            return raw.convert("RGB")
+
+
+def orientation_entry(kind: int, count: int, value: bytes) -> bytes:
+    """EXIF data whose only tag is an orientation of this TIFF type."""
+    entry = struct.pack(">HHI", ORIENTATION, kind, count) + value[:4].ljust(4, b"\0")
+    more = value if len(value) > 4 else b""
+    if more:
+        entry = entry[:8] + struct.pack(">I", 8 + 2 + 12 + 4)
+    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + b"\0\0\0\0" + more
+
+
+ODD = {
+    "short 0": orientation_entry(3, 1, b"\0\0"),
+    "short 9": orientation_entry(3, 1, b"\0\x09"),
+    "short 65535": orientation_entry(3, 1, b"\xff\xff"),
+    "no short": orientation_entry(3, 0, b""),
+    "two shorts": orientation_entry(3, 2, b"\0\6\0\6"),
+    "five shorts": orientation_entry(3, 5, b"\0\6" * 5),
+    "byte 6": orientation_entry(1, 1, b"\6"),
+    "text": orientation_entry(2, 2, b"6\0"),
+    "long 6": orientation_entry(4, 1, b"\0\0\0\6"),
+    "long": orientation_entry(4, 1, b"\xff\xff\xff\xff"),
+    "signed": orientation_entry(9, 1, b"\xff\xff\xff\xfa"),
+    "undefined": orientation_entry(7, 1, b"\6"),
+    "ratio 6/1": orientation_entry(5, 1, struct.pack(">II", 6, 1)),
+    "ratio 13/2": orientation_entry(5, 1, struct.pack(">II", 13, 2)),
+    "ratio 6/0": orientation_entry(5, 1, struct.pack(">II", 6, 0)),
+    "float": orientation_entry(11, 1, struct.pack(">f", 6.5)),
+    "nan": orientation_entry(11, 1, struct.pack(">f", float("nan"))),
+}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("odd", ODD)
+def test_an_orientation_is_what_pillow_takes_it_for(format: str, odd: str) -> None:
+    """As its exif_transpose: what is not one of 2 to 8 turns nothing, in the header's size as in
+    the pixels."""
+    data = saved(Image.fromarray(noise(20, 12)), format, exif=ODD[odd])
+    expected = turned_by_pillow(data)
+    assert open_image(data).tobytes() == expected.tobytes()
+    assert image_size(data) == open_image(data).size == expected.size
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255, 65535])
+def test_an_odd_orientation_of_a_tiff_turns_nothing(orientation: int) -> None:
+    data = saved(Image.fromarray(noise(20, 12)), "TIFF", tiffinfo={ORIENTATION: orientation})
+    assert open_image(data).tobytes() == noise(20, 12).tobytes()
+    assert image_size(data) == (20, 12)
+
+
+@pytest.mark.parametrize("garbage", [b"", b"Exif\0\0", b"MM\0*\0\0", b"II*\0\xff\xff\xff\xff", b"six"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_exif_data_that_cannot_be_read_turn_nothing(format: str, garbage: bytes) -> None:
+    data = saved(Image.fromarray(noise(20, 12)), format, exif=garbage)
+    with Image.open(io.BytesIO(data)) as raw:
+        assert open_image(data).tobytes() == raw.convert("RGB").tobytes()
+    assert image_size(data) == (20, 12)
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "xmp.jpg", "g.png", "good.png"])
+def test_the_cases_of_odd_orientations(name: str) -> None:
+    path = CASES / "exif-orientation" / "images" / name
+    expected = turned_by_pillow(path.read_bytes())
+    assert open_image(path).tobytes() == expected.tobytes()
+    assert image_size(path) == expected.size
+
+
+def with_chunks(png: bytes, chunk: bytes, *, last: bool) -> bytes:
+    """A PNG with a chunk before its pixels, or behind them."""
+    place = png.index(b"IEND") - 4 if last else png.index(b"IDAT") - 4
+    return png[:place] + chunk + png[place:]
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    size = struct.pack(">I", len(content))
+    return size + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+LARGE = zlib.compress(b"a" * (3 << 20))
+CHUNKS = {
+    "zTXt": chunk(b"zTXt", b"k\0\0" + LARGE),
+    "iTXt": chunk(b"iTXt", b"k\0\1\0\0\0" + LARGE),
+    "iCCP": chunk(b"iCCP", b"k\0\0" + LARGE),
+    "many": chunk(b"tEXt", b"k\0" + b"a" * (1 << 20)) * 70,
+}
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kind", CHUNKS)
+def test_large_chunks_that_hold_no_pixel_are_skipped(tmp_path: Path, kind: str, last: bool) -> None:
+    image = Image.fromarray(noise(20, 12))
+    path = tmp_path / "a.png"
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    path.write_bytes(with_chunks(saved(image, "PNG", exif=exif), CHUNKS[kind], last=last))
+    assert image_size(path) == (12, 20)
+    assert open_image(path).tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
+    assert open_image(path.read_bytes()).size == (12, 20)
+
+
+def test_the_case_of_a_screenshot_with_a_large_text() -> None:
+    path = CASES / "png-text-chunk" / "images" / "shot.png"
+    with pytest.raises(ValueError), Image.open(path) as raw:
+        raw.load()
+    assert open_image(path).size == image_size(path)
+
+
+def test_a_damaged_image_with_a_large_text_is_still_damaged(tmp_path: Path) -> None:
+    png = with_chunks(saved(Image.fromarray(noise(20, 12)), "PNG"), CHUNKS["zTXt"], last=False)
+    (tmp_path / "a.png").write_bytes(png[: len(png) - 200])
+    with pytest.raises(ValueError, match="a.png cannot be read .*replace it or leave the sample out"):
+        open_image(tmp_path / "a.png")
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+KINDS = {
+    "HEIC": (HEIC, "is a HEIC image, of none of the formats .*save it as JPEG or PNG"),
+    "HEIF": (HEIC.replace(b"ftypheic", b"ftypmif1"), "is a HEIC image"),
+    "SVG": (b'<?xml version="1.0"?>\n<!-- x -->\n<svg width="4"/>', "is an SVG drawing.*as PNG"),
+    "bare SVG": (b"\xef\xbb\xbf <svg/>", "is an SVG drawing"),
+    "PDF": (b"%PDF-1.7\n", "is a PDF document.*pdftoppm"),
+    "page": (b"<!DOCTYPE html><title>404</title>", "is a web page, perhaps that of a failed download"),
+    "LFS": (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS.*git lfs pull"),
+    "video": (b"\0\0\0\x20ftypisom", "is a video"),
+    "JPEG XL": (b"\xff\x0a\0", "is a JPEG XL image"),
+    "Photoshop": (b"8BPS\0\1", "is a Photoshop document"),
+    "XML": (b"<?xml?><kml/>", "cannot be read: it is damaged, or of none"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_image_is_named(tmp_path: Path, kind: str) -> None:
+    content, message = KINDS[kind]
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    for read in (open_image, image_size):
+        with pytest.raises(ValueError, match=f"the image {path} {message}.*leave the sample out"):
+            read(path)
+        with pytest.raises(ValueError, match=f"the image {message}"):
+            read(content)
+
+
+def test_every_error_has_the_path_and_a_way_out(tmp_path: Path) -> None:
+    """Whatever Pillow raises, for files damaged at every place of their header."""
+    path = tmp_path / "a.bin"
+    for format in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"):
+        whole = saved(Image.fromarray(noise(24, 24)), format)
+        for place in range(0, min(len(whole), 400), 7):
+            path.write_bytes(whole[:place] + b"\xff\xff\xff" + whole[place + 3 : place + 500])
+            for read in (open_image, image_size):
+                try:
+                    read(path)
+                except ValueError as error:
+                    told = str(error)
+                    assert told.startswith(f"the image {path} ")
+                    assert "leave the sample out" in told or "save it with" in told
+
+
 def test_a_picture_is_a_path_bytes_or_an_image(tmp_path: Path) -> None:
     image = Image.fromarray(noise(5, 3))
     path = tmp_path / "a.png"
@@ -95,9 +263,6 @@ def test_a_picture_is_a_path_bytes_or_an_image(tmp_path: Path) -> None:
 
 def bomb() -> bytes:
     """A PNG of 100 bytes that claims 12000 x 12000 pixels."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", 12000, 12000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
