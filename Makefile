@@ -18,7 +18,7 @@ DEV := .venv/.dev-$(KEY)
 FAST := not slow and not multi and not gpu and not soak
 REST := (slow or multi) and not gpu and not soak
 
-.PHONY: help venv demo models test test-rest test-all test-gpu soak lint bench clean
+.PHONY: help venv demo models keys test test-rest test-all test-gpu soak lint bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r target what; do printf 'make %-12s %s\n' "$$target" "$$what"; done
@@ -30,6 +30,9 @@ demo: $(RUN) ## train a tiny model and let it answer questions
 
 models: $(DEV) ## write the table of docs/models.md from what it runs
 	$(BIN)/python -m docs.make_models
+
+keys: $(DEV) ## write docs/keys.md and the tables of docs/gpus.md from the code
+	$(BIN)/python -m docs.make_keys
 
 test: $(DEV) ## the fast tests
 	$(PYTEST) -m "$(FAST)" $(ARGS)

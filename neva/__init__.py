@@ -6,10 +6,28 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neva.api import evaluate, generate, load, recipe, train
+    from neva.api import (
+        evaluate,
+        export_checkpoint,
+        generate,
+        import_checkpoint,
+        inspect,
+        load,
+        recipe,
+        train,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "generate", "load", "recipe", "train"]
+__all__ = [
+    "evaluate",
+    "export_checkpoint",
+    "generate",
+    "import_checkpoint",
+    "inspect",
+    "load",
+    "recipe",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,3 +36,7 @@ def __getattr__(name: str) -> Any:
     from neva import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

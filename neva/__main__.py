@@ -6,6 +6,7 @@ from neva.cli import main
 
 def run() -> None:
     """The `neva` command."""
+    launch.sleep_soon()
     launch.end_at_once(lambda: main(prog_name="neva"))
 
 

@@ -29,11 +29,12 @@ from neva.data.preview import grid_picture
 from neva.data.sample import MARKER, Picture, Sample, Turn
 from neva.data.source import LlavaSource
 from neva.data.tiling import tiling
-from neva.evaluate import report
+from neva.evaluate import report as pages
 from neva.evaluate import run as evaluation
 from neva.infer.generate import Loaded, Sampling, load, untrusted
 from neva.infer.generate import generate as generate_batch
 from neva.job import NAMED, InitConfig, TrainConfig
+from neva.parallel import machine
 from neva.parallel import mesh as ranks
 from neva.recipes import inits, nemo_yaml
 from neva.recipes.nemo_yaml import Line
@@ -60,6 +61,7 @@ __all__ = [
     "inspect",
     "load",
     "recipe",
+    "report",
     "show",
     "tiles",
     "train",
@@ -68,12 +70,13 @@ __all__ = [
 
 def recipe(
     name: str,
-    overrides: Sequence[str] = (),
+    overrides: tree.Overrides = (),
     *,
     say: Callable[[str], None] | None = None,
     trust_code: bool = False,
 ) -> tuple[TrainConfig, ...]:
-    """The stages of a recipe (NAME, NAME/STAGE or a saved FILE.yaml) with overrides such as `optim.lr=1e-4` applied.
+    """The stages of a recipe (NAME, NAME/STAGE or a saved FILE.yaml) with overrides applied: texts such as
+    `optim.lr=1e-4`, or a dict such as {"optim.lr": 1e-4}.
 
     `say` gets a line for each stage in which a checkpoint named by `init` puts its own model in the recipe's place.
     ValueError for a function to run (`image.process`) that neither the recipe nor an override
@@ -84,18 +87,18 @@ def recipe(
 
 def _recipe(
     name: str,
-    overrides: Sequence[str],
+    overrides: tree.Overrides,
     *,
     place: Callable[[InitConfig], inits.Places],
     say: Callable[[str], None] | None,
     trust_code: bool,
 ) -> tuple[TrainConfig, ...]:
-    overrides = with_epochs(overrides)
-    stages = tree.override(recipes.get(name), overrides, named=NAMED)
+    changes = with_epochs(overrides)
+    stages = tree.override(recipes.get(name), changes, named=NAMED)
     if name.endswith((".yaml", ".yml")) or all(stage.init == InitConfig() for stage in stages):
         return inits.with_own(stages, place)
     # What was asked for comes before what init brings.
-    filled = tree.override(inits.fill(stages, place), overrides, named=NAMED)
+    filled = tree.override(inits.fill(stages, place), changes, named=NAMED)
     filled = inits.with_own(filled, place)
     own = None
     for asked, stage in zip(stages, filled, strict=True):
@@ -113,7 +116,7 @@ def _recipe(
 
 
 def import_checkpoint(
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     out: str | Path | None = None,
     *,
     options: Options | None = None,
@@ -125,7 +128,8 @@ def import_checkpoint(
     Without `out` it lands in $NEVA_CACHE (~/.cache/neva), once. ValueError for what cannot be imported, or computes otherwise here.
     """
     options = options or Options()
-    folders = [fetch(str(source)) for source in sources]
+    given = [sources] if isinstance(sources, str | Path) else sources
+    folders = [fetch(str(source)) for source in given]
     if out is not None:
         return import_model(folders, Path(out), options, check=parity, say=say)
     place = _place(folders, options, parity=parity)
@@ -276,14 +280,14 @@ def tiles(image: str, *, layout: ImageLayout, picture: str | Path | None = None)
     return {"columns": found.columns, "rows": found.rows, "tiles": found.tiles}
 
 
-def show(name: str, overrides: Sequence[str] = (), *, trust_code: bool = False) -> str:
+def show(name: str, overrides: tree.Overrides = (), *, trust_code: bool = False) -> str:
     """The resolved config as YAML; `neva train FILE.yaml` runs it, so `trust_code` is as there."""
     return tree.dumps(resolve(recipe(name, overrides, trust_code=trust_code)))
 
 
 def train(
     stages: str | tuple[TrainConfig, ...],
-    overrides: Sequence[str] = (),
+    overrides: tree.Overrides = (),
     *,
     resume: str | None = None,
     trust_code: bool = False,
@@ -308,18 +312,50 @@ def train(
     for stage in resolved:
         inits.check_fit(stage, _readable(stage.init, say=say))
     resolved = tuple(replace(stage, init=_imported(stage.init, say)) for stage in resolved)
-    return loop.train(resolved, resume=resume or "", on_evaluate=_score, say=say)
+    try:
+        last = loop.train(resolved, resume=resume or "", on_evaluate=_score, say=say)
+    except loop.Stopped:
+        _leave_report(resolved[0].out, say)
+        raise
+    _leave_report(resolved[0].out, say)
+    return last
+
+
+def report(run: str | Path) -> Path:
+    """Write report.html into a run's folder, while it trains or afterwards; gives its path.
+
+    ValueError for a folder without a config.yaml that can be read.
+    """
+    run = Path(run)
+    page = run / "report.html"
+    pages.write(page, report=pages.of_run(run), plots=pages.loss_plots(pages.metrics(run)))
+    return page
+
+
+def _leave_report(run: str, say: Callable[[str], None]) -> None:
+    """The first rank's page of a run that ends. What keeps it from being written ends nothing."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        say(f"See {report(run)}")
+    except (OSError, ValueError) as error:
+        say(f"{run}/report.html could not be written: {error}")
 
 
 def dry_run(
     name: str,
-    overrides: Sequence[str] = (),
+    overrides: tree.Overrides = (),
     *,
     ranks: int = 1,
+    gpu_memory: float | None = None,
     trust_code: bool = False,
     say: Callable[[str], None] = tree.tell,
 ) -> None:
-    """All that `train` does before its first step, without weights: files, sizes, data, the trainable set; says the memory of each stage."""
+    """All that `train` does before its first step, without weights: files, sizes, data, the trainable set.
+
+    Says the memory that each stage needs on each of `ranks`, and whether the device found has it, or a
+    GPU of `gpu_memory` GiB.
+    """
     resolved = resolve(recipe(name, overrides, say=say, trust_code=trust_code))
     say_mock(resolved, say)
     say_templates(resolved, say)
@@ -328,10 +364,18 @@ def dry_run(
     for stage in resolved:
         check(replace(stage, init=InitConfig()), world=ranks)
         inits.check_fit(stage, _texts(stage.init))
-    precision = loop.choose_precision(resolved[0].precision)[0]
     for stage in resolved:
         say(parameter_table(estimate(stage, say)))
-    say(plan.table(resolved, ranks=ranks, precision=precision))
+    judged_by = machine.found() if gpu_memory is None else machine.asked(gpu_memory)
+    definite = tuple(replace(stage, precision=_precision(stage, asked=gpu_memory is not None)) for stage in resolved)
+    say(plan.table(definite, ranks=ranks, machine=judged_by))
+
+
+def _precision(stage: TrainConfig, *, asked: bool) -> str:
+    """What `precision=auto` means here, or on a GPU that was asked for."""
+    if stage.precision == "auto" and asked:
+        return "bf16"
+    return loop.choose_precision(stage.precision)[0]
 
 
 def _imported(init: InitConfig, say: Callable[[str], None]) -> InitConfig:
@@ -437,12 +481,12 @@ def _load_own(config: TrainConfig, checkpoint: Path) -> Loaded:
     return load(checkpoint, trust_code=image["process"] == config.model.image.process)
 
 
-def demo(overrides: Sequence[str] = (), *, say: Callable[[str], None] = tree.tell) -> dict:
+def demo(overrides: tree.Overrides = (), *, say: Callable[[str], None] = tree.tell) -> dict:
     """Train the demo recipe, or go on with it, and write report.json and report.html into its `out`; gives the report."""
     started = time.monotonic()
     stages = resolve(recipe("demo", overrides))
     run = Path(stages[0].out)
-    before = sum(line["seconds"] for line in report.metrics(run)) if (run / "metrics.jsonl").exists() else 0.0
+    before = sum(line["seconds"] for line in pages.metrics(run)) if (run / "metrics.jsonl").exists() else 0.0
     last = train(stages, resume="auto", say=say)
     begun = tree.load(run / "config.yaml", TrainConfig)
     pairs = zip(stages, begun, strict=True)
@@ -453,7 +497,7 @@ def demo(overrides: Sequence[str] = (), *, say: Callable[[str], None] = tree.tel
     sampling = Sampling(max_new_tokens=8)
     judged = evaluation.evaluate(loaded, held_out, sampling=sampling, batch_size=64)
     blank = evaluation.evaluate(loaded, evaluation.Blanked(held_out), sampling=sampling, batch_size=64)
-    lines = report.metrics(run)
+    lines = pages.metrics(run)
     result = {
         "accuracy": evaluation.accuracy(judged),
         "baselines": evaluation.best_blind(judged),
@@ -463,7 +507,8 @@ def demo(overrides: Sequence[str] = (), *, say: Callable[[str], None] = tree.tel
         "stages": [_stage_row(stages, number, lines) for number in range(len(stages))],
     }
     (run / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    report.write(run / "report.html", report=result, plots=report.loss_plots(lines), shown=report.chosen(judged))
+    shown = pages.chosen(judged)
+    pages.write(run / "report.html", report=pages.of_demo(result), plots=pages.loss_plots(lines), shown=shown)
     rows = (f"  {kind:<12} {result['accuracy'][kind]:6.1%}   without an image {result['baselines'][kind]:6.1%}" for kind in result["accuracy"])
     ask = f"neva generate {run} --image {run}/data/images/00000.png --prompt 'Which digit is this?'"
     say("\n".join(["Held-out accuracy:", *rows, f"{result['seconds']:.0f} seconds. See {run / 'report.html'}; ask it yourself: {ask}"]))

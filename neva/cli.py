@@ -5,10 +5,12 @@ Nothing heavy is imported before a subcommand runs: `neva --help` answers at onc
 
 import errno
 import json
+import shutil
 import sys
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from neva import __version__
 
@@ -59,6 +61,21 @@ def _echo(text: object, *, err: bool = False) -> None:
     click.echo(shown(str(text)), err=err)
 
 
+class _Recipe(click.ParamType):
+    """A recipe's name, NAME/STAGE, or a file: `shell_complete` offers them."""
+
+    name = "recipe"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from neva.recipes import RECIPES
+
+        names = list(RECIPES)
+        if "/" in incomplete:
+            names = [f"{name}/{stage}" for name, place in RECIPES.items() for stage in place.stages]
+        offered = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return offered or [CompletionItem(incomplete, type="file")]
+
+
 @click.group(cls=_Neva, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--traceback", is_flag=True, hidden=True, envvar="NEVA_TRACEBACK", help="Show where an error arose.")
 @click.version_option(__version__, prog_name="neva")
@@ -71,11 +88,21 @@ def main(traceback: bool) -> None:
 
 
 @main.command()
-@click.argument("recipe")
+@click.argument("recipe", type=_Recipe())
 @click.argument("overrides", nargs=-1)
 @click.option("--resume", metavar="auto|PATH", help="Go on from the newest checkpoint of the run's folder, or from PATH.")
 @click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Processes to start on this machine.")
-@click.option("--dry-run", is_flag=True, help="Check all that can be checked without weights, say the memory per rank, and stop.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check all that can be checked without weights, say what memory a rank needs, and stop.",
+)
+@click.option(
+    "--gpu-memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="With --dry-run: judge by GPUs of this memory, in place of the device found.",
+)
 @TRUST
 @click.pass_context
 def train(
@@ -85,13 +112,17 @@ def train(
     resume: str | None,
     nproc: int | None,
     dry_run: bool,
+    gpu_memory: float | None,
     **trust: Any,
 ) -> None:
     """Train RECIPE: a name that `neva recipes` lists, NAME/STAGE, or a saved config.yaml."""
+    if gpu_memory and not dry_run:
+        raise click.UsageError("--gpu-memory goes with --dry-run")
     from neva import api
 
     if dry_run:
-        api.dry_run(recipe, overrides, ranks=nproc or 1, **_given(trust))
+        asked = _given({"gpu_memory": gpu_memory, **trust})
+        api.dry_run(recipe, overrides, ranks=nproc or 1, **asked)
         return
     if nproc is not None:
         from neva import launch
@@ -115,7 +146,7 @@ def demo(overrides: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.argument("recipe")
+@click.argument("recipe", type=_Recipe())
 @click.argument("overrides", nargs=-1)
 @TRUST
 def show(recipe: str, overrides: tuple[str, ...], **trust: Any) -> None:
@@ -244,10 +275,10 @@ def import_(arguments: tuple[str, ...], out: str | None, decoder: str | None, vi
 
 
 @main.command()
-@click.argument("path", metavar="CKPT|FOLDER", type=click.Path(exists=True, file_okay=False))
+@click.argument("path", metavar="CKPT|FOLDER|FILE.nemo", type=click.Path(exists=True))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def inspect(path: str, as_json: bool) -> None:
-    """Say what a checkpoint, or a Hugging Face folder, holds; a checkpoint is verified."""
+    """Say what a checkpoint, a Hugging Face folder or a NeMo file holds; a checkpoint is verified."""
     from neva import api
 
     found = api.inspect(path)
@@ -257,6 +288,37 @@ def inspect(path: str, as_json: bool) -> None:
     width = max(map(len, found))
     for key, value in found.items():
         _echo(f"{key:{width}}  {value}")
+
+
+@main.command()
+@click.argument("pattern", default="")
+@click.option("--json", "as_json", is_flag=True, help="A list of {path, kind, default, doc}.")
+def keys(pattern: str, as_json: bool) -> None:
+    """Say what the keys of a recipe mean: all, those of which PATTERN is a part, or a wildcard such
+    as 'optim.*'; where no key's name has it, those whose text does."""
+    from dataclasses import asdict
+
+    from neva.job import find_keys
+
+    found = find_keys(pattern)
+    if as_json:
+        _echo(json.dumps([asdict(key) for key in found], indent=2, ensure_ascii=False))
+        return
+    for key in found:
+        value = f" = {key.default}" if key.default else ""
+        _echo(f"{key.path}{value}")
+        for line in (f"{key.kind}.", key.doc):
+            if line:
+                _echo(click.wrap_text(line, _columns(), initial_indent="    ", subsequent_indent="    "))
+
+
+@main.command()
+@click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False))
+def report(run: str) -> None:
+    """Write report.html of a run's folder, while it trains or afterwards: losses, scores, speed."""
+    from neva import api
+
+    _echo(api.report(run))
 
 
 @main.command()
@@ -345,6 +407,11 @@ def tiles(image: str, max_tiles: int, min_tiles: int, tile: int, tags: Any, out:
     _echo(f"{grid}{whole}: {found['tiles']} in all")
     if picture:
         _echo(picture)
+
+
+def _columns() -> int:
+    """Width of the terminal, within what is easy to read."""
+    return min(100, shutil.get_terminal_size().columns)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,18 @@ it. Unquoted YAML scalars are read by the type of the field they land in, so `lr
 string), `name: 007` keeps its zeros and `system=A chat: be kind` needs no quotes.
 """
 
+import ast
 import difflib
+import inspect
+import itertools
 import json
 import os
 import re
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,6 +26,9 @@ import yaml
 T = TypeVar("T")
 Named = Mapping[type, Mapping[str, Any] | Callable[[str], Any]]
 """What a sub-config may be set to by one word: per dataclass, its presets, or a function of the word."""
+
+Overrides = Sequence[str | tuple[str, Any]] | Mapping[str, Any]
+"""Changes of a config: texts such as `a.b=c`, or keys with values of Python, as pairs or in a dict."""
 
 Limits = Mapping[str, tuple[int | float, int | float]]
 """Name of a number -> its least and most, both floats where it need not be whole."""
@@ -161,6 +168,11 @@ def _unfolded(node: yaml.Node | None, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 step, 2,000 steps."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """The end of a message: that the option closest to `word` may be meant, else all options; empty if there are none."""
     options = list(options)
@@ -186,30 +198,68 @@ def from_dict(cls: type[T], data: Any, *, named: Named | None = None) -> T:
 
     A sub-config may also be a word that `named` knows. Raises ValueError with the full dotted key.
     """
-    return _build(cls, data, "", named or {})
+    try:
+        return _build(cls, data, "", named or {})
+    except _NoField as error:
+        raise ValueError(error.said(cls)) from None
 
 
-def override(stages: tuple[T, ...], overrides: Sequence[str], *, named: Named | None = None) -> tuple[T, ...]:
+def override(stages: tuple[T, ...], overrides: Overrides, *, named: Named | None = None) -> tuple[T, ...]:
     """The stages with `a.b=c` (all of them) and `NAME:a.b=c` (one of them) applied from left to right.
 
     A value is text for the field to read, a YAML list `[a, b]`, mapping `{lr: 1e-3}` (merged into the sub-config) or
-    quoted string, or for a sub-config a word that `named` knows. Only the result is validated, not the way there.
+    quoted string, or for a sub-config a word that `named` knows. In a dict it is a value of Python.
+    Only the result is validated, not the way there.
     """
     trees = [to_dict(stage) for stage in stages]
-    for text in overrides:
-        key, equals, value = text.partition("=")
+    for key, value in pairs(overrides):
         stage, colon, path = key.rpartition(":")
-        if not equals or not path.strip():
-            raise ValueError(f"override '{text}' is not of the form key=value or STAGE:key=value")
         names = [str(tree.get("name", "")) for tree in trees]
         if colon and stage not in names:
-            raise ValueError(f"override '{text}': no stage '{stage}'.{nearest(stage, names)}")
+            raise ValueError(f"override '{key}': no stage '{stage}'.{nearest(stage, names)}")
         for i, (one, tree) in enumerate(zip(stages, trees, strict=True)):
             if not colon or names[i] == stage:
-                trees[i] = _assign(type(one), tree, tuple(path.strip().split(".")), _value(value, text), "", named or {})
+                trees[i] = _assigned(type(one), tree, path, value, named or {})
     built = tuple(from_dict(type(one), tree, named=named) for one, tree in zip(stages, trees, strict=True))
     _check_names(trees)
     return built
+
+
+def pairs(overrides: Overrides) -> list[tuple[str, Any]]:
+    """Overrides as keys, each `a.b` or `STAGE:a.b`, and values. ValueError for what is none, such as
+    one text in place of a list."""
+    if isinstance(overrides, str):
+        texts = overrides.split() or ["key=value"]
+        asdict = {key: value for key, _, value in (text.partition("=") for text in texts)}
+        raise ValueError(f"overrides are a list or a dict, not the text {overrides!r}: write {texts!r} or {asdict!r}")
+    items = overrides.items() if isinstance(overrides, Mapping) else overrides
+    found = []
+    for item in items:
+        if isinstance(item, str):
+            key, equals, text = item.partition("=")
+            value = _value(text, item) if equals else None
+        else:
+            key, equals = str(item[0]), True
+            value = _of_python(item[1])
+        if not equals or not key.rpartition(":")[2].strip():
+            raise ValueError(f"override '{item}' is not of the form key=value or STAGE:key=value")
+        found.append((key, value))
+    return found
+
+
+def _of_python(value: Any) -> Any:
+    """A value as `to_dict` gives it."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else to_dict(value)
+
+
+def _assigned(cls: type, tree: Any, path: str, value: Any, named: Named) -> Any:
+    """A stage's tree with a value put at a dotted path. ValueError that names the key, and where an
+    unknown one may be meant to lie."""
+    parts = tuple(path.strip().split("."))
+    try:
+        return _assign(cls, tree, parts, value, "", named)
+    except _NoField as error:
+        raise ValueError(error.said(cls, parts)) from None
 
 
 def save(stages: Sequence[Any], path: str | Path) -> None:
@@ -413,11 +463,134 @@ def _element(kind: Any, i: int) -> Any:
 def _check_field(cls: type, name: str, key: str) -> None:
     names = [f.name for f in fields(cls) if f.init]
     if name not in names:
-        raise ValueError(f"no field '{name}'{f' in {key}' if key else ''}.{nearest(name, names)}")
+        raise _NoField(name, key, names)
+
+
+class _NoField(ValueError):
+    """A key that a config does not have."""
+
+    def __init__(self, name: str, key: str, names: list[str]):
+        self.name, self.names = name, names
+        self.what = f"no field '{name}'{f' in {key}' if key else ''}."
+        self.depth = len(key.split(".")) if key else 0
+        super().__init__(self.what + nearest(name, names))
+
+    def said(self, root: type, path: tuple[str, ...] = ()) -> str:
+        """The error with the key that may be meant: one that ends in the same words elsewhere below
+        `root`, else one of a name that is near, first beside the unknown one."""
+        asked = ".".join(path[self.depth :]) or self.name
+        below = [one.path for one in _walk(root)]
+        there = [one for one in below if one.endswith(f".{asked}")] or [one for one in below if one.endswith(f".{self.name}")]
+        if not there and not difflib.get_close_matches(self.name, self.names, n=1):
+            lasts = {one.rpartition(".")[2] for one in below}
+            near = difflib.get_close_matches(self.name, lasts, n=1, cutoff=0.75)
+            there = [one for one in below if near and one.endswith(f".{near[0]}")]
+        if not there:
+            return str(self)
+        return f"{self.what} Did you mean {' or '.join(repr(one) for one in there[:MOST_MEANT])}?"
+
+
+MOST_MEANT = 4
+"""Keys that an error offers."""
 
 
 def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a config: a field, or a sub-config as a whole."""
+
+    path: str
+    """Dotted; an element of a list is number 0."""
+    kind: str
+    """What a value may be, in words."""
+    default: str
+    """Its value where nobody sets it, as an override spells it; empty where there is none."""
+    doc: str
+
+
+def keys(cls: type, named: Named | None = None) -> Iterator[Key]:
+    """Every key of a config tree, in the order of its fields, each sub-config before what it holds."""
+    for place in _walk(cls):
+        words = (named or {}).get(place.inner) if place.inner and not place.many else None
+        yield Key(
+            path=place.path,
+            kind=_choices(place.kind, place.inner, words),
+            default=_default(place.field, place.inner),
+            doc=_field_docs(place.owner).get(place.field.name, ""),
+        )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A field in a tree of configs."""
+
+    path: str
+    owner: type
+    field: Field
+    kind: Any
+    """Its annotation."""
+    inner: type | None
+    """The dataclass that it holds, if any."""
+    many: bool
+    """Does it hold a list of them?"""
+
+
+def _walk(cls: type, prefix: str = "") -> Iterator[_Place]:
+    for field in fields(cls):
+        if not field.init:
+            continue
+        path, kind = _join(prefix, field.name), _hints(cls)[field.name]
+        inner, many = _inner(kind)
+        yield _Place(path, cls, field, kind, inner, many)
+        if inner:
+            yield from _walk(inner, f"{path}.0" if many else path)
+
+
+def _inner(kind: Any) -> tuple[type | None, bool]:
+    """The dataclass that an annotation holds, if any, and whether it is a list of them."""
+    for member in _members(kind):
+        if isinstance(member, type) and is_dataclass(member):
+            return member, False
+        element = _element(member, 0)
+        if isinstance(element, type) and is_dataclass(element):
+            return element, True
+    return None, False
+
+
+def _choices(kind: Any, inner: type | None, words: Any) -> str:
+    if inner is None or not isinstance(words, Mapping):
+        return _wanted(kind)
+    null = " or null" if types.NoneType in _members(kind) else ""
+    return f"{_wanted(inner)}, or a preset: {', '.join(words)}{null}"
+
+
+def _default(field: Field, inner: type | None) -> str:
+    """A default as an override spells it; a sub-config's is told by its own keys."""
+    value = field.default
+    if value is MISSING and inner is None and field.default_factory is not MISSING:
+        value = field.default_factory()
+    if value is MISSING or (inner and value not in ((), None)):
+        return ""
+    text = yaml.dump(to_dict(value), Dumper=_Dumper, default_flow_style=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+@cache
+def _field_docs(cls: type) -> dict[str, str]:
+    """Field -> the text below it, in one line. A base class's come first."""
+    found = {name: doc for base in cls.__bases__ if is_dataclass(base) for name, doc in _field_docs(base).items()}
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    for field, below in itertools.pairwise(tree.body):
+        text = below.value if isinstance(below, ast.Expr) else None
+        if not isinstance(text, ast.Constant) or not isinstance(field, ast.AnnAssign):
+            continue
+        if isinstance(field.target, ast.Name):
+            found[field.target.id] = " ".join(str(text.value).split())
+    return found
 
 
 def _wrong(key: str, value: Any, kind: Any, hint: str = "") -> ValueError:

@@ -3,10 +3,13 @@
 Every field here is a key that `neva train RECIPE key=value` can set; `neva show RECIPE` prints them all.
 """
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
+from neva import config as tree
 from neva.data.pack import POOL
 from neva.models.decoder import DecoderConfig
 from neva.models.presets import DECODERS, VISION, VLMS
@@ -20,6 +23,7 @@ class MockConfig:
     """Made-up samples of given lengths and image sizes: for dry runs, tests and benchmarks."""
 
     samples: int = 1000
+    """How many there are."""
     words: tuple[int, int] = (20, 200)
     """Fewest and most words in a sample's text; drawn uniformly per sample."""
     images: int = 1
@@ -77,6 +81,7 @@ class DataConfig:
     """Day that a chat template's `strftime_now` tells, as YYYY-MM-DD; empty for the day on which
     the run begins, which is saved."""
     shuffle: bool = True
+    """Another order of the samples in each epoch, from `seed`; else that of the file."""
     workers: int = 2
     """Processes that measure, read and decode; 0 does it in the training process. No number changes the data order."""
     pool: int = POOL
@@ -118,13 +123,17 @@ class OptimConfig:
     """AdamW and its schedule. Steps are optimiser steps of the stage."""
 
     lr: float = 1e-3
+    """Highest learning rate, which warm-up ends at."""
     min_lr: float = 0.0
     """Learning rate at the last step of `cosine` and `linear`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls behind the warm-up."""
     warmup: float = 0.03
     """Steps of linear warm-up; below 1 it is a share of the stage's steps."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay of the means of gradients and of their squares."""
     eps: float = 1e-8
+    """Adam's addition to the root of the squares' mean."""
     weight_decay: float = 0.0
     """Applied to matrices only, not to vectors (norms, biases)."""
     clip: float = 1.0
@@ -164,8 +173,11 @@ class LogConfig:
     """What is shown; `metrics.jsonl` gets every step whatever stands here."""
 
     every: int = 10
-    """Steps between printed lines."""
+    """Steps between printed lines, each of which tells the mean since the one before; 0 prints none."""
+    flops: bool = False
+    """Print GFLOP/s too; `metrics.jsonl` always has them."""
     tensorboard: bool = True
+    """Write curves for TensorBoard beside `metrics.jsonl`, where it is installed."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss that is not finite names the step's samples and stops, or leaves the step out and counts it."""
 
@@ -179,6 +191,7 @@ class EvaluateConfig:
     source: str = ""
     """A LLaVA-format file. `{out}` stands for the run folder."""
     image_folder: str = ""
+    """Folder of its images. `{out}` stands for the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,12 +201,17 @@ class TrainConfig:
     name: str
     """Unique within the recipe; `NAME:key=value` overrides this stage alone."""
     model: VLMConfig
+    """The model: sizes and mechanisms of its parts."""
     init: InitConfig = field(default_factory=InitConfig)
+    """Where its weights come from."""
     trainable: tuple[str, ...] = ("*",)
     """Wildcards over parameter names; `!pattern` takes away. Each must match a parameter."""
     data: DataConfig = field(default_factory=DataConfig)
+    """What it is trained on."""
     batch: BatchConfig = field(default_factory=BatchConfig)
+    """The shape of a step."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimiser and its schedule."""
     steps: int = 1000
     """Optimiser steps of this stage; with `epochs` what those come to, 0 as
     long as it is not known."""
@@ -204,14 +222,19 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 where the device computes it faster, else fp32."""
     parallel: Degrees = field(default_factory=Degrees)
+    """How ranks share the work."""
     recompute: Literal["none", "block"] = "none"
     """`block` keeps only the input of each decoder block and computes the rest again in backward."""
     compile: bool = False
     """Compile each decoder block."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When checkpoints are saved, and which are kept."""
     log: LogConfig = field(default_factory=LogConfig)
+    """What is printed and plotted."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Held-out samples that are asked while training."""
     seed: int = 0
+    """What fresh weights, the order of the data and dropout depend on."""
     out: str = "runs/run"
     """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/."""
 
@@ -230,3 +253,21 @@ NAMED: dict[type, Mapping[str, object] | Callable[[str], object]] = {
     InitConfig: lambda path: InitConfig(model=path),
 }
 """What a sub-config may be set to by one word: a preset's name, or a function of the word (`init=PATH`)."""
+
+
+def find_keys(pattern: str = "") -> list[tree.Key]:
+    """The keys of a stage whose names hold `pattern`, or match it where it is a wildcard; if there
+    are none those whose texts hold it. ValueError where nothing does."""
+    found = list(tree.keys(TrainConfig, NAMED))
+    word = pattern.casefold()
+    if any(mark in pattern for mark in "*?["):
+        chosen = [key for key in found if fnmatchcase(key.path.casefold(), word)]
+    else:
+        chosen = [key for key in found if word in key.path.casefold()]
+        chosen = chosen or [key for key in found if word in key.doc.casefold()]
+    if not chosen:
+        lasts = {key.path.rpartition(".")[2] for key in found}
+        close = difflib.get_close_matches(word, lasts, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"no key's name or text has '{pattern}'.{hint}")
+    return chosen

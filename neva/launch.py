@@ -6,6 +6,20 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+SPINS = "10000"
+"""Turns for which a thread of OpenMP spins at a barrier before it sleeps."""
+
+
+def sleep_soon() -> None:
+    """Let OpenMP's threads sleep soon where they wait for each other, unless the environment says how
+    they wait; torch reads it once, when it is imported.
+
+    By default they spin for as long as the work takes, which beside other processes, such as data
+    workers, takes the cores from those that have something to do.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
 
 def local(argv: list[str], nproc: int) -> int:
     """Run `neva ARGV` as `nproc` torchrun processes on this machine; the exit code that the command itself would give.

@@ -1,57 +1,222 @@
-"""What a stage needs, from its config alone: no GPU, no process group, no weights."""
+"""What a stage needs, from its config alone: no GPU, no process group, no weights.
+
+docs/gpus.md says the formulas in words, and what was measured beside them.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from neva.config import counted
 from neva.job import TrainConfig
-from neva.models.vlm import VLM
+from neva.models import activations, cost
+from neva.models.vlm import VLM, VLMConfig, part_of
+from neva.parallel.machine import Machine
 from neva.parallel.wrap import freeze
+
+MARGIN = 0.1
+"""Share of a device's memory that libraries, gaps between tensors and buffers of communication may take."""
+MOST_RANKS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of a stage's tensors on one rank that last from step to step; activations and buffers of a step come on top."""
+    """Bytes of a stage on one rank."""
 
     weights: int
     gradients: int
     optimiser: int
+    gathered: int
+    """Parameters and gradients that FSDP has put together from all ranks, in the precision of the
+    computation."""
+    activations: int
+    """What one micro-batch's backward needs, at most."""
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return self.weights + self.gradients + self.optimiser
+        """All of them, as if their peaks fell together."""
+        return self.weights + self.gradients + self.optimiser + self.gathered + self.activations
 
 
-def memory(config: TrainConfig, *, ranks: int, precision: str) -> Memory:
+@dataclass(frozen=True)
+class _Group:
+    """Parameters that FSDP gathers together."""
+
+    trained: int
+    frozen: int
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a stage needs whatever the number of ranks."""
+
+    groups: tuple[_Group, ...]
+    size: int
+    """Bytes of a number in the precision of the computation."""
+    activations: int
+
+    def on(self, ranks: int) -> Memory:
+        """What each of so many ranks then holds."""
+        trained = sum(group.trained for group in self.groups)
+        # In bf16 the frozen parameters of a group that trains stay in fp32.
+        stored = sum(group.frozen * (4 if group.trained else self.size) for group in self.groups)
+        sizes = (4 * trained + stored, 4 * trained, 8 * trained)
+        weights, gradients, moments = (math.ceil(whole / ranks) for whole in sizes)
+        gathered = _gathered(self.groups, ranks=ranks, size=self.size)
+        return Memory(
+            weights=weights,
+            gradients=gradients,
+            optimiser=moments,
+            gathered=gathered,
+            activations=self.activations,
+        )
+
+
+def memory(config: TrainConfig, *, ranks: int, precision: str, cuda: bool = True) -> Memory:
     """What FSDP over `ranks` leaves on each: fp32 master weights, gradients and Adam's two moments of what is trained; frozen parts in bf16
     where the stage computes in bf16, for a part that is frozen whole. ValueError for a trainable pattern that matches nothing.
     """
+    return _needs(config, precision=precision, cuda=cuda).on(ranks)
+
+
+def _needs(config: TrainConfig, *, precision: str, cuda: bool) -> _Needs:
     with torch.device("meta"):
         model = VLM(config.model)
     freeze(model, config.trainable)
-    trained = frozen = 0
-    groups = [*model.decoder.blocks, model.vision, model.projector, model.head, model]
-    seen: set[int] = set()
-    for module in (m for m in groups if m is not None):
-        own = [p for p in module.parameters() if id(p) not in seen]
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    how = activations.How(
+        trained=frozenset(map(part_of, names)),
+        size=2 if precision == "bf16" else 4,
+        cuda=cuda,
+        recompute=config.recompute == "block",
+    )
+    return _Needs(tuple(_groups(model)), how.size, _activations(config, how))
+
+
+def _groups(model: VLM) -> list[_Group]:
+    found, seen = [], set()
+    for module in (*model.decoder.blocks, model.vision, model.projector, model.head, model):
+        own = [p for p in module.parameters() if id(p) not in seen] if module is not None else []
         seen |= {id(p) for p in own}
-        train = sum(p.numel() for p in own if p.requires_grad)
-        rest = sum(p.numel() for p in own) - train
-        trained += train
-        frozen += rest * (2 if precision == "bf16" and not train else 4)
-    weights, gradients, moments = (math.ceil(size / ranks) for size in (4 * trained + frozen, 4 * trained, 8 * trained))
-    return Memory(weights=weights, gradients=gradients, optimiser=moments)
+        trained = sum(p.numel() for p in own if p.requires_grad)
+        found.append(_Group(trained=trained, frozen=sum(p.numel() for p in own) - trained))
+    return found
 
 
-def table(stages: tuple[TrainConfig, ...], *, ranks: int, precision: str) -> str:
-    """The memory of each stage, to print."""
+def _gathered(groups: Sequence[_Group], *, ranks: int, size: int) -> int:
+    """One process keeps all parameters gathered until backward has used them; several gather a group
+    while the one before is in use. Of gradients there are those of a group, and their sums in fp32."""
+    wholes = sorted((group.trained + group.frozen for group in groups), reverse=True)
+    parameters = sum(wholes) if ranks == 1 else sum(wholes[:2])
+    gradients = max(group.trained for group in groups)
+    return size * parameters + (size + 4) * gradients
+
+
+def _activations(config: TrainConfig, how: activations.How) -> int:
+    """Bytes of the fullest micro-batch that the config allows."""
+    work = fullest(config)
+    kept = activations.saved(config.model, work, how).total
+    return kept + activations.working(config.model, work, how)
+
+
+def fullest(config: TrainConfig) -> cost.Work:
+    """A micro-batch of rows without padding, all of whose text is learnt, with as many tiles as fit."""
+    model, batch = config.model, config.batch
+    tiles = _tiles(model, seq_length=batch.seq_length, most=batch.max_tiles)
+    rows, tokens = batch.micro_rows, batch.seq_length
+    inline = tiles * model.tokens_per_tile if model.vision is not None else 0
+    if model.inline != "all":
+        inline = inline // model.layout.most_tiles if model.inline == "thumbnail" else 0
+    keys = tiles * model.tokens_per_tile if model.inline != "all" else 0
+    return cost.Work(
+        documents=[tokens] * rows,
+        tiles=rows * tiles,
+        labelled=rows * max(1, tokens - inline),
+        memory=rows * keys,
+        crossing=rows * tokens * bool(keys),
+    )
+
+
+def _tiles(model: VLMConfig, *, seq_length: int, most: int) -> int:
+    """Tiles that a row can hold: all of them stand in it, or the thumbnail of each image, or none."""
+    if model.vision is None:
+        return 0
+    if model.inline == "all":
+        return min(most, seq_length // model.tokens_per_tile)
+    if model.inline == "thumbnail":
+        images = seq_length // model.tokens_per_tile
+        return min(most, images * model.layout.most_tiles)
+    return most
+
+
+def table(stages: tuple[TrainConfig, ...], *, ranks: int, machine: Machine) -> str:
+    """The memory of each stage, whose precision is definite, and whether the device has it; to print."""
+    heads = ("weights", "gradients", "optimiser", "gathered", "activations", "total")
+    where = f"{counted(ranks, 'rank')}, each" if ranks > 1 else "1 rank"
     lines = [
-        f"Memory on each of {ranks} rank(s) in {precision}, without activations\n  {'stage':<14}{'weights':>12}{'gradients':>12}{'optimiser':>12}"
+        f"Memory of {where}, in GiB",
+        f"  {'stage':<15}{'':4}" + "".join(f"{head:>{len(head) + 2}}" for head in heads),
     ]
+    verdicts = []
     for stage in stages:
-        m = memory(stage, ranks=ranks, precision=precision)
-        cells = "".join(f"{size / 2**30:>8.2f} GiB" for size in (m.weights, m.gradients, m.optimiser))
-        lines.append(f"  {stage.name:<14}{cells}")
-    return "\n".join(lines)
+        needs = _needs(stage, precision=stage.precision, cuda=machine.kind == "cuda")
+        m = needs.on(ranks)
+        sizes = {head: f"{getattr(m, head) / 2**30:.2f}" for head in heads}
+        cells = "".join(f"{sizes[head]:>{len(head) + 2}}" for head in heads)
+        lines.append(f"  {stage.name[:15]:<15}{stage.precision:4}{cells}")
+        verdicts.append(f"  {stage.name}: {_verdict(stage, m, ranks=ranks, machine=machine)}")
+    lines.append(f"Activations are those of the fullest micro-batch: {_micro_batch(stages)}")
+    return "\n".join([*lines, _device(machine, ranks), *verdicts])
+
+
+def _micro_batch(stages: Sequence[TrainConfig]) -> str:
+    told = []
+    for stage in stages:
+        work = fullest(stage)
+        told.append(f"{sum(work.documents):,} tokens and {counted(work.tiles, 'tile')}")
+    if len(set(told)) == 1:
+        return told[0]
+    return ", ".join(f"{text} in {stage.name}" for stage, text in zip(stages, told, strict=True))
+
+
+def _device(machine: Machine, ranks: int) -> str:
+    if machine.kind == "cpu":
+        share = " together" if ranks > 1 else ""
+        return f"Device found: {machine}, no GPU; {counted(ranks, 'rank')}{share}"
+    if machine.count and machine.count < ranks:
+        return f"Device found: {machine}, {machine.count} of the {counted(ranks, 'rank')}' GPUs"
+    return f"Device{' found' if machine.count else ''}: {machine}"
+
+
+def _verdict(stage: TrainConfig, needed: Memory, *, ranks: int, machine: Machine) -> str:
+    """Whether a stage has room, and if not the least change of those known with which it has."""
+    share = ranks if machine.kind == "cpu" else 1  # which share the machine's memory
+    if _fits(needed, machine, share):
+        return "fits"
+    total = f"{needed.total * share / 2**30:.1f} GiB, and a tenth of the device is left free"
+    changes: dict[str, dict[str, Any]] = {}
+    if stage.recompute == "none":
+        changes["recompute=block"] = {"recompute": "block"}
+    if stage.batch.micro_rows > 1:
+        changes["batch.micro_rows=1"] = {"batch": replace(stage.batch, micro_rows=1)}
+    tried = [("", stage)]
+    for words, fields in changes.items():  # one after the other
+        before, changed = tried[-1]
+        tried.append((f"{before} {words}".strip(), replace(changed, **fields)))
+    cuda = machine.kind == "cuda"
+    needs = [(words, _needs(one, precision=one.precision, cuda=cuda)) for words, one in tried]
+    more = ranks
+    while more <= (MOST_RANKS if cuda else ranks):
+        for words, need in needs:
+            if _fits(need.on(more), machine, share):
+                on = f" on {more} ranks" if more > ranks else ""
+                return f"does NOT fit ({total}); it does{f' with {words}' if words else ''}{on}"
+        more *= 2
+    return f"does NOT fit ({total}): train fewer parameters (trainable), or a smaller model"
+
+
+def _fits(needed: Memory, machine: Machine, share: int) -> bool:
+    return needed.total * share <= machine.memory * (1 - MARGIN)

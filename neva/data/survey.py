@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from neva.config import counted
 from neva.data.draw import Bad, Draws
 from neva.data.encode import Measure
 from neva.data.order import Blend, Order, Ref, permutation
@@ -127,9 +128,11 @@ class Volume:
             shown = [*shown[:MOST_SHOWN], f"… ({len(shown)} sources)"]
         passes = f"epochs: {', '.join(shown)}"
         if len(shown) == 1:
-            passes = f"{next(iter(self.epochs.values())):.3g} epochs"
-        samples = f"{about}{self.samples:,} samples, {about}{passes}"
-        held = f"{self.steps:,} steps are {self.rows:,} rows, {samples}"
+            number = f"{next(iter(self.epochs.values())):.3g}"
+            passes = f"{number} epoch{'s' * (number != '1')}"
+        samples = f"{about}{counted(self.samples, 'sample')}, {about}{passes}"
+        are = "is" if self.steps == 1 else "are"
+        held = f"{counted(self.steps, 'step')} {are} {counted(self.rows, 'row')}, {samples}"
         estimated = f"; estimated from {self.measured:,} measured samples" if self.measured else ""
         return f"{held}; {self.padding:.1%} padding{estimated}"
 

@@ -21,9 +21,11 @@ class CrossConfig:
     """Mechanisms of the cross-attention layers. Sizes that are not given are the decoder's."""
 
     heads: int | None = None
+    """Query heads."""
     kv_heads: int | None = None
     """Key-value heads; as many as `heads` if not given, also where the decoder has fewer."""
     head_width: int | None = None
+    """Width of one head."""
     key_norm: bool = False
     """A norm of the memory, before keys and values are made of it."""
     rotary: bool = False

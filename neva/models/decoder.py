@@ -44,8 +44,11 @@ class DecoderConfig:
     vocab: int
     """Rows of the embedding."""
     width: int
+    """Width of the hidden state."""
     layers: int
+    """Number of blocks."""
     heads: int
+    """Query heads of self-attention."""
     kv_heads: int
     """Key-value heads; fewer than `heads` is grouped-query attention."""
     ffn: int
@@ -55,18 +58,23 @@ class DecoderConfig:
     norm: NormKind = "rmsnorm"
     """`layernorm1p` is LayerNorm that keeps its weight minus 1 (Nemotron); both LayerNorms have biases."""
     eps: float = 1e-5
+    """The norms' addition to the variance."""
     mlp: MLPKind = "swiglu"
     """`swiglu` and `geglu` have a gate, the others are one activation between two matrices."""
     qkv_bias: bool = False
+    """Biases on queries, keys and values."""
     out_bias: bool = False
     """A bias on the attention's output."""
     mlp_bias: bool = False
+    """Biases in the MLP."""
     positions: Literal["rotary", "learned"] = "rotary"
     """`learned` adds a trained vector of each position to the embedding (GPT)."""
     rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
     rotary_fraction: float = 1.0
     """Share of a head's dimensions that are rotated, its first ones."""
     rope_scaling: RopeScaling | None = None
+    """How rotary frequencies are stretched for longer documents."""
     window: int = 0
     """Tokens that a token sees, itself included; 0 is all before it."""
     max_positions: int = 4096
@@ -76,6 +84,7 @@ class DecoderConfig:
     experts: int = 0
     """MLPs in a block, of which a router chooses `active_experts` for each token; 0 is one MLP without a router."""
     active_experts: int = 2
+    """Experts that a token goes through."""
     balance: float = 0.0
     """Weight in the loss of the experts' load balance, a mean over layers (`moe.balance_loss`).
 
@@ -85,7 +94,9 @@ class DecoderConfig:
     cross_layers: tuple[int, ...] = ()
     """Numbers of the layers, from 0, with cross-attention to image tiles between self-attention and MLP."""
     cross: CrossConfig = field(default_factory=CrossConfig)
+    """Mechanisms of these layers' cross-attention."""
     embedding_dropout: float = 0.0
+    """Dropout of the embedded tokens."""
     hidden_dropout: float = 0.0
     """Dropout of what attention and MLP add to the hidden state."""
     attention_dropout: float = 0.0

@@ -25,6 +25,7 @@ class RopeScaling:
     """`linear` divides positions by `factor`; `dynamic` raises the base with a document's length beyond `max_positions`; `llama3`
     divides low frequencies by `factor`, keeps high ones, and blends those between."""
     factor: float
+    """How much longer documents become."""
     low: float = 1.0
     """llama3: frequencies with fewer turns than this over `original` positions are low."""
     high: float = 4.0

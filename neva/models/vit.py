@@ -39,16 +39,23 @@ class VisionConfig:
     patch: int
     """Side of a patch in pixels."""
     width: int
+    """Width of the hidden state."""
     layers: int
     """Layers of the published encoder; `depth` of them are computed."""
     heads: int
+    """Attention heads."""
     ffn: int
+    """Width inside the MLP."""
     head_width: int | None = None
     """Width of one head; `width / heads` if not given."""
     activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
+    """The MLP's activation; `quick_gelu` is CLIP's, `gelu_tanh` SigLIP's."""
     norm: NormKind = "layernorm"
+    """The norm before attention and MLP."""
     eps: float = 1e-5
+    """The norms' addition to the variance."""
     qkv_bias: bool = True
+    """Biases on queries, keys and values."""
     qk_norm: bool = False
     """RMSNorm of queries and keys, over all heads together (InternViT-6B)."""
     layer_scale: bool = False
@@ -64,8 +71,9 @@ class VisionConfig:
     select_layer: int = -2
     """Which hidden state is read, counted as transformers' `hidden_states`: 0 is the embeddings, -1 the last block's output."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Channel means of pixels scaled to 0..1."""
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    """Channel means and standard deviations of pixels scaled to 0..1."""
+    """Channel standard deviations of these."""
 
     def __post_init__(self):
         check_numbers(self, LIMITS)

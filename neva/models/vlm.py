@@ -32,8 +32,9 @@ class ImageConfig:
     """`square` squashes, `pad` pads to a square as LLaVA-1.5 does, `crop` cuts the centre as CLIP does: one tile each. `tiles` cuts the image
     into a grid of tiles as InternVL and NVLM do, `anyres` into one of `pinpoints` as LLaVA-NeXT does."""
     min_tiles: int = 1
+    """Fewest tiles that `tiles` cuts an image into, the thumbnail not counted."""
     max_tiles: int = 1
-    """Fewest and most tiles that `tiles` cuts an image into, the thumbnail not counted; NVLM has 6."""
+    """Most of these; NVLM has 6."""
     thumbnail: Thumbnail = "last"
     """Where the whole image stands as one more tile, if it is cut into several."""
     pinpoints: tuple[tuple[int, int], ...] = ()
@@ -47,6 +48,7 @@ class ImageConfig:
     tag_tokens: Literal["apart", "joined"] = "apart"
     """Are tags tokenised by themselves, as in NVLM's training, or with the text before them, as the released model's code does?"""
     resample: Resample = "bicubic"
+    """The filter with which images are resized."""
     resize: Literal["exact", "fast"] = "exact"
     """Pillow's own resize, or torch's, which is several times as fast and
     within 2 levels of 255 of it.
@@ -97,6 +99,7 @@ class VLMConfig:
     """A vision encoder, a projector and a decoder."""
 
     decoder: DecoderConfig
+    """The language model."""
     vision: VisionConfig | None
     """None is a model of text alone, with `projector=none`."""
     projector: str = "mlp2x_gelu"
@@ -105,6 +108,7 @@ class VLMConfig:
     pixel_shuffle: Literal["none", "v1", "v2"] = "none"
     """Join the features of 2 x 2 patches to one of four times the width, a quarter as many; `v1` gives their grid transposed."""
     image: ImageConfig = field(default_factory=ImageConfig)
+    """How images become tiles."""
     use_im_start_end: bool = False
     """A learned vector on either side of an image's features."""
     inline: Inline = "all"

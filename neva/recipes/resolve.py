@@ -1,13 +1,14 @@
 """What depends on files: fills it in, checks it, and makes the data sets that recipes bring themselves."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
-from neva.config import nearest
+from neva.config import Overrides, nearest, pairs
 from neva.data.sample import SampleError
 from neva.data.template import check
 from neva.data.templates import OWN, find_template
@@ -46,16 +47,15 @@ def resolve(stages: tuple[TrainConfig, ...]) -> tuple[TrainConfig, ...]:
     return tuple(_stage(stage) for stage in stages)
 
 
-def with_epochs(overrides: Sequence[str]) -> list[str]:
-    """The overrides, of which the later of `steps=` and `epochs=` counts: steps take back the
-    epochs that a recipe may have."""
-    changed = []
-    for text in overrides:
-        key = text.partition("=")[0]
+def with_epochs(overrides: Overrides) -> list[tuple[str, Any]]:
+    """The overrides as keys and values, of which the later of `steps=` and `epochs=` counts: steps
+    take back the epochs that a recipe may have."""
+    changed: list[tuple[str, Any]] = []
+    for key, value in pairs(overrides):
         stage, colon, path = key.rpartition(":")
+        changed.append((key, value))
         if path.strip() == "steps":
-            changed.append(f"{stage}{colon}epochs=0")
-        changed.append(text)
+            changed.append((f"{stage}{colon}epochs", 0))
     return changed
 
 

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from neva import config as tree
 from neva.checkpoint import store
 from neva.job import InitConfig, TrainConfig
+from neva.parallel import machine
 from neva.parallel import mesh as ranks
 from neva.training.epochs import with_steps
 from neva.training.metrics import Reporter, StepReport, cut_back
@@ -74,7 +75,8 @@ def train(stages: tuple[TrainConfig, ...], *, resume: str = "", on_evaluate: Eva
         mesh = ranks.make(stages[0].parallel, device)
         if ranks.rank():
             say = _silent
-        stages = with_precision(stages, say)
+        say(_first_line(stages, mesh.size()))
+        stages = with_precision(stages)
         with _Signals() as signals, ExitStack() as held:
             found = _find(stages, resume, say)
             stages = with_steps(_with_date(stages, found), found=found, say=say)
@@ -255,10 +257,23 @@ def choose_precision(wanted: str) -> tuple[str, str]:
     return ("bf16", f"the CPU has {found[0]}") if found else ("fp32", "the CPU has neither AMX nor AVX512-BF16")
 
 
-def with_precision(stages: tuple[TrainConfig, ...], say: Say) -> tuple[TrainConfig, ...]:
-    """The stages with `precision=auto` made definite, each choice said once."""
-    chosen = {stage.precision: choose_precision(stage.precision) for stage in stages}
-    for wanted, (precision, why) in chosen.items():
-        if wanted == "auto":
-            say(f"precision=auto: {precision}, since {why}.")
-    return tuple(replace(stage, precision=chosen[stage.precision][0]) for stage in stages)
+def with_precision(stages: tuple[TrainConfig, ...]) -> tuple[TrainConfig, ...]:
+    """The stages with `precision=auto` made definite."""
+    return tuple(replace(stage, precision=choose_precision(stage.precision)[0]) for stage in stages)
+
+
+def _first_line(stages: tuple[TrainConfig, ...], ranks: int) -> str:
+    """What a run computes on, and in which precision."""
+    told: dict[str, list[str]] = {}
+    for stage in stages:
+        precision, why = choose_precision(stage.precision)
+        text = f"{precision} (auto: {why})" if stage.precision == "auto" else precision
+        told.setdefault(text, []).append(stage.name)
+    whose = len(told) > 1
+    parts = [f"{text} in {' and '.join(names)}" if whose else text for text, names in told.items()]
+    device = machine.found()
+    threads = ""
+    if device.kind == "cpu":
+        each = " each" if ranks > 1 else ""
+        threads = f", {tree.counted(torch.get_num_threads(), 'thread')}{each}"
+    return f"{tree.counted(ranks, 'rank')} on {device}{threads}; precision {', '.join(parts)}"

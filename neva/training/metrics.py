@@ -3,9 +3,10 @@
 import json
 import math
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from neva.batch import Batch
+from neva.config import counted
 from neva.job import TrainConfig
 from neva.models import cost
 
@@ -140,6 +142,8 @@ class Reporter:
     say: Callable[[str], None]
     step: int = 0
     """Steps that earlier sessions did."""
+    since: list[StepReport] = field(default_factory=list, init=False)
+    """Steps since the line that was printed last."""
     board: Any = field(default=None, init=False)
     bar: Any = field(default=None, init=False)
 
@@ -156,35 +160,29 @@ class Reporter:
         self.file.write(json.dumps(asdict(report)) + "\n")
         self.file.flush()
         self.step = report.step
+        self.since += [report] if self.config.log.every else []
         if self.board is not None:
             self._plot(report)
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=report.step, description=f"{report.stage} loss {_number(report.loss)}")
         every = self.config.log.every
         if every and (report.step % every == 0 or report.step == self.last_step):
-            self.say(self.line(report))
+            self.say(self.line())
+            self.since.clear()
 
-    def line(self, r: StepReport) -> str:
-        """The printed form of a report."""
-        left = (time.monotonic() - self.started) / max(1, r.step - self.first) * (self.last_step - r.step)
-        kinds = " ".join(f"{name} {value:.3f}" for name, value in sorted(r.losses.items())) if len(r.losses) > 1 else ""
-        parts = [
-            f"{r.stage} {r.step}/{self.last_step}",
-            f"loss {_number(r.loss) if r.labels else 'none'}" + (f" ({kinds})" if kinds else ""),
-            f"grad {_number(r.grad_norm) if r.labels else 'none'}",
-            f"lr {r.lr:.2e}",
-            f"{r.samples:,} samples",
-            f"{r.tokens_per_s:,.0f} tok/s",
-            f"{r.padding:.1%} padding",
-            f"{r.tiles_per_s:,.1f} tiles/s",
-            f"{r.flops_per_s / 1e9:,.1f} GFLOP/s",
-            *([f"MFU {r.mfu:.1%}"] if r.mfu is not None else []),
-            f"{r.memory_gib:.2f} GiB",
-            *([f"skipped {r.skipped_samples} samples, {r.skipped_steps} steps"] if r.skipped_samples or r.skipped_steps else []),
-            *([f"fewer tiles for {r.reduced_samples} samples"] if r.reduced_samples else []),
-            f"ETA {int(left // 60)}:{int(left % 60):02d}",
-        ]
-        return "  ".join(parts)
+    def line(self) -> str:
+        """The steps since the last line, as `printed` has them: a record of a log is one line."""
+        done = max(1, self.step - self.first)
+        left = (time.monotonic() - self.started) / done * (self.last_step - self.step)
+        shown = sys.stdout.isatty()
+        return printed(
+            self.since,
+            last_step=self.last_step,
+            left=left,
+            columns=shutil.get_terminal_size().columns if shown else LOG_COLUMNS,
+            lines=2 if shown else 1,
+            flops=self.config.log.flops,
+        )
 
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Record held-out scores in `evaluations.jsonl` and TensorBoard."""
@@ -211,8 +209,93 @@ class Reporter:
             self.board.add_scalar(f"loss/{kind or 'all'}", value, report.step)
 
 
-def _number(value: float | None) -> str:
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+def printed(
+    reports: Sequence[StepReport],
+    *,
+    last_step: int,
+    left: float,
+    columns: int,
+    lines: int = 2,
+    flops: bool = False,
+) -> str:
+    """Steps to print: means of losses and gradient norms, rates over their time, and how long what is
+    left takes, of which `left` is the seconds.
+
+    At most `lines` of `columns` each; what matters least is left out where there is no room.
+    """
+    last, seconds = reports[-1], max(1e-9, sum(r.seconds for r in reports))
+    labelled = any(r.labels for r in reports)
+    tokens = sum(r.tokens for r in reports)
+    slots = sum(r.tokens / (1 - r.padding) for r in reports if r.padding < 1)
+    computed = sum(r.flops_per_s * r.seconds for r in reports)
+    tiles = sum(r.tiles_per_s * r.seconds for r in reports)
+    used = sum((r.mfu or 0) * r.seconds for r in reports)
+    parts = [
+        f"{last.stage} {last.step}/{last_step}",
+        f"loss {_number(_mean(r.loss for r in reports)) if labelled else 'none'}",
+        f"grad {_number(_mean(r.grad_norm for r in reports)) if labelled else 'none'}",
+        f"lr {last.lr:.2e}",
+        f"ETA {duration(left)}",
+        f"{tokens / seconds:,.0f} tok/s",
+        f"{counted(last.skipped_samples, 'sample')} skipped" if last.skipped_samples else "",
+        f"{counted(last.skipped_steps, 'step')} left out" if last.skipped_steps else "",
+        f"{counted(last.reduced_samples, 'sample')} in fewer tiles" if last.reduced_samples else "",
+        f"{computed / seconds / 1e9:,.1f} GFLOP/s" if flops else "",
+        f"MFU {used / seconds:.1%}" if last.mfu is not None else "",
+        f"{last.memory_gib:.2f} GiB",
+        _kinds(reports),
+        counted(last.samples, "sample"),
+        f"{1 - tokens / slots:.1%} padding" if slots else "",
+        f"{tiles / seconds:,.1f} tiles/s",
+    ]
+    rows = [""]
+    for part in filter(None, parts):
+        if rows == [""] or len(rows[-1] + GAP + part) <= columns:
+            rows[-1] += GAP + part if rows != [""] else part
+        elif len(rows) < lines:
+            rows.append(GAP + part)
+    return "\n".join(rows)
+
+
+GAP = "  "
+KINDS_SHOWN = 40
+"""Columns of a printed line that the kinds' losses may take."""
+KIND_SHOWN = 24
+"""Letters of a kind's name."""
+LOG_COLUMNS = 160
+"""Length of a line that no terminal shows."""
+
+
+def _kinds(reports: Sequence[StepReport]) -> str:
+    """Mean loss of each kind, as many as have room; empty where there is one kind."""
+    kinds = sorted({kind for r in reports for kind in r.losses})
+    if len(kinds) < 2:
+        return ""
+    means = {kind: _mean(r.losses.get(kind) for r in reports) for kind in kinds}
+    texts = [f"{kind[:KIND_SHOWN]} {_number(mean, places=3)}" for kind, mean in means.items()]
+    shown = 1
+    while shown < len(texts) and len(" ".join(texts[: shown + 1])) <= KINDS_SHOWN:
+        shown += 1
+    rest = [f"+{len(texts) - shown}"] if shown < len(texts) else []
+    return " ".join(texts[:shown] + rest)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are finite; None if none is."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else None
+
+
+def duration(seconds: float) -> str:
+    """Hours from one on, below that minutes, below that seconds."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def _number(value: float | None, *, places: int = 4) -> str:
+    finite = value is not None and math.isfinite(value)
+    return f"{value:.{places}f}" if finite else "not finite"
 
 
 def _tensorboard(out: Path, step: int, say: Callable[[str], None]) -> Any:

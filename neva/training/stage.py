@@ -376,7 +376,7 @@ def parameter_table(config: TrainConfig) -> str:
         rows.setdefault(part_of(name), [0, 0])[not parameter.requires_grad] += parameter.numel()
     total = [sum(column) for column in zip(*rows.values(), strict=True)]
     lines = [f"  {part:<14}{trained:>16,}{frozen:>16,}" for part, (trained, frozen) in {**rows, "total": total}.items()]
-    head = f"Stage {config.name} ({config.precision}), {config.steps} steps\n  {'parameters':<14}{'trained':>16}{'frozen':>16}"
+    head = f"Stage {config.name} ({config.precision}), {tree.counted(config.steps, 'step')}\n  {'parameters':<14}{'trained':>16}{'frozen':>16}"
     return "\n".join([head, *lines])
 
 

@@ -249,7 +249,8 @@ def test_dry_run(name, tmp_path, capsys):
     api.dry_run(name, ["data.workers=0", f"out={tmp_path / 'run'}"], ranks=8)
     said = capsys.readouterr().out
     assert said.startswith("data.source and data.folder are not set: pretrain, finetune will train on made-up text and images")
-    assert "Memory on each of 8 rank(s)" in said and "GiB" in said
+    assert "Memory of 8 ranks, each, in GiB" in said and "Device found: " in said
+    assert "  pretrain: " in said and "  finetune: " in said
     assert not (tmp_path / "run").exists()
 
 
@@ -262,3 +263,4 @@ def test_memory_by_hand():
     trained, frozen = 6_738_415_616 + 20_979_712, 290_909_184
     assert m.gradients == -(-4 * trained // 8) and m.optimiser == -(-8 * trained // 8)
     assert abs(m.weights - (4 * trained + 2 * frozen) / 8) < 1e6
+    assert m.total == m.weights + m.gradients + m.optimiser + m.gathered + m.activations

@@ -190,6 +190,82 @@ def test_a_closed_pipe_ends_quietly() -> None:
     assert (done.stdout, done.stderr) == ("line\n", "")
 
 
+NOT_RECIPES = {
+    "runs/x": "runs/x is a run's folder. To go on with it: neva train runs/x/config.yaml --resume auto.",
+    "runs/x/checkpoints/step_5": (
+        "runs/x/checkpoints/step_5 is a checkpoint, and no recipe. To go on from it: neva train {run}/config.yaml --resume runs/x/checkpoints/step_5."
+    ),
+    "runs/x/checkpoints/step_5/neva.yaml": (
+        "runs/x/checkpoints/step_5/neva.yaml describes a checkpoint, runs/x/checkpoints/step_5, which is a checkpoint"
+    ),
+    "imported": "imported is a checkpoint, and no recipe. To start from its weights: neva train RECIPE init=imported",
+    "model": "model is a model of Hugging Face's, and no recipe. To start from its weights: neva train RECIPE init=model",
+    "m.nemo": "m.nemo is a file of weights, and no recipe. To start from them: neva train RECIPE init=m.nemo",
+    "empty": "empty is a folder, and no recipe",
+}
+
+
+@pytest.mark.parametrize("name", NOT_RECIPES)
+def test_what_is_no_recipe_is_told_what_to_give(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = ("runs/x/config.yaml", "runs/x/checkpoints/step_5/manifest.json", "runs/x/checkpoints/step_5/neva.yaml")
+    for path in map(Path, (*files, "imported/manifest.json", "model/config.json", "m.nemo", "empty/x.txt")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with pytest.raises(ValueError) as raised:
+        recipes.get(name)
+    assert str(raised.value).startswith(NOT_RECIPES[name].format(run=tmp_path / "runs/x"))
+    result = run("train", name)
+    assert result.exit_code == 1 and result.stderr == f"error: {raised.value}\n"
+
+
+def test_the_list_of_recipes_imports_none_of_them() -> None:
+    code = "import sys; from neva.cli import main; main(['recipes'], standalone_mode=False)\n"
+    code += "print([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and "nvlm-h-72b" in done.stdout
+
+
+def test_what_the_list_says_of_a_recipe_is_true() -> None:
+    for row in recipes.listing():
+        stages = recipes.get(row["name"])
+        assert row["stages"] == [stage.name for stage in stages]
+        assert row["description"] == (recipes._function(row["name"]).__doc__ or "").strip().splitlines()[0]
+
+
+def completed(*words: str) -> list[str]:
+    """What a shell is offered for the last of these words."""
+    line = " ".join(("neva", *words))
+    environment = {**os.environ, "_NEVA_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}
+    done = subprocess.run([sys.executable, "-m", "neva"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return [text.partition(",")[2] for text in done.stdout.splitlines()]
+
+
+def test_a_shell_completes_recipes_stages_and_options() -> None:
+    assert completed("train", "nvlm-x-") == ["nvlm-x-tiny", "nvlm-x-34b", "nvlm-x-72b"]
+    assert completed("show", "demo/") == ["demo/pretrain", "demo/finetune"]
+    assert "--dry-run" in completed("train", "demo", "--d") and "recipes" in completed("re")
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "5"}, "5"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_the_command_lets_threads_sleep_soon_unless_it_is_told(given: dict[str, str], spins: str | None) -> None:
+    """Before torch is imported, and by the command alone."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    seen = "import os, sys\nimport neva, neva.api\nprint(os.environ.get('GOMP_SPINCOUNT'))\n"
+    code = "import neva.__main__ as command\n"
+    code += "command.main = lambda **_: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)\n"
+    told = [subprocess.run([sys.executable, "-c", text], cwd=ROOT, env=environment | given, capture_output=True, text=True).stdout.split()
+        for text in (seen, f"import os, sys\n{code}command.run()")]  # fmt: skip
+    assert told == [[str(given.get("GOMP_SPINCOUNT"))], [str(spins), "False"]]
+
+
 def test_a_recipe_is_found_by_name_by_stage_and_as_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     stages = (types.SimpleNamespace(name="pretrain"), types.SimpleNamespace(name="finetune"))
     monkeypatch.setattr(recipes, "_function", lambda name: lambda: stages)
@@ -327,7 +403,7 @@ def test_every_command_calls_neva_api_as_it_is(api: FakeApi, tmp_path: Path) -> 
         "--no-parity",
     ]
     commands: list[tuple[Any, list[Any]]] = [
-        (None, ["train", "demo", "out=x", "--dry-run", "--nproc", 2, "--trust-code"]),
+        (None, ["train", "demo", "--dry-run", "--nproc", 2, "--gpu-memory", 80, "--trust-code"]),
         (None, ["train", "demo", "out=x", "--resume", "auto", "--trust-code"]),
         (None, ["demo", "out=x"]),
         ("a: 1", ["show", "demo", "out=x", "--trust-code"]),
@@ -339,6 +415,7 @@ def test_every_command_calls_neva_api_as_it_is(api: FakeApi, tmp_path: Path) -> 
         ("x", ["import", "a", "k=1", "--out", "o", "--dtype", "bf16", "--template", "v1", "--no-parity"]),
         ("x", ["import", *composed]),
         ({"step": 1}, ["inspect", tmp_path, "--json"]),
+        ("x", ["report", tmp_path]),
         (("text\n", []), ["convert-config", __file__, "--out", "y.yaml"]),
         ("x", ["export", "c", "--out", "o", *written]),
         ({"columns": 1, "rows": 1, "tiles": 1}, ["data", "tiles", file, "--out", tmp_path / "b.png", *cut]),

@@ -183,7 +183,7 @@ def test_a_wrong_override_names_the_key_the_value_and_the_type(text: str, messag
     [
         ("steps", "override 'steps' is not of the form key=value or STAGE:key=value"),
         ("=3", "override '=3' is not of the form key=value"),
-        ("pretrian:steps=3", "override 'pretrian:steps=3': no stage 'pretrian'. Did you mean 'pretrain'?"),
+        ("pretrian:steps=3", "override 'pretrian:steps': no stage 'pretrian'. Did you mean 'pretrain'?"),
         ("name=same", "two stages are named 'same'; rename one with STAGE:name=OTHER"),
     ],
 )

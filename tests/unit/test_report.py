@@ -109,7 +109,7 @@ SHOWN = (
 def written(folder: Path) -> str:
     report.write(
         folder / "report.html",
-        report=REPORT,
+        report=report.of_demo(REPORT),
         plots=report.loss_plots(lines()),
         shown=SHOWN,
     )
@@ -122,6 +122,8 @@ def test_the_page_says_the_reports_numbers(tmp_path: Path) -> None:
         ["even", "", "87.5%", "", "50.0%", "", "43.8%"],
         ["what is it", "", "25.0%", "", "12.5%", "", "0.0%"],
     ]
+    heads = ["stage", "steps", "parameters trained", "frozen tensors that changed"]
+    assert page.rows[3] == [*heads, "loss, first step", "loss, last step"]
     assert page.rows[4:6] == [
         ["pretrain", "20", "33,024", "0", "6.250", "5.500"],
         ["finetune", "700", "1,234,567", "3", "5.000", "0.062"],
