@@ -8,9 +8,11 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import neva
 from neva import config as tree
@@ -29,8 +31,11 @@ from neva.data.preview import grid_picture
 from neva.data.sample import MARKER, Picture, Sample, Turn
 from neva.data.source import LlavaSource
 from neva.data.tiling import tiling
+from neva.evaluate import held_out
 from neva.evaluate import report as pages
 from neva.evaluate import run as evaluation
+from neva.evaluate.predictions import Predictions
+from neva.evaluate.question import Judged, Question, questions, suited
 from neva.infer.generate import Loaded, Sampling, load, untrusted
 from neva.infer.generate import generate as generate_batch
 from neva.job import NAMED, InitConfig, TrainConfig
@@ -313,7 +318,13 @@ def train(
         inits.check_fit(stage, _readable(stage.init, say=say))
     resolved = tuple(replace(stage, init=_imported(stage.init, say)) for stage in resolved)
     try:
-        last = loop.train(resolved, resume=resume or "", on_evaluate=_score, say=say)
+        last = loop.train(
+            resolved,
+            resume=resume or "",
+            on_check=held_out.check,
+            on_evaluate=_score,
+            say=say,
+        )
     except loop.Stopped:
         _leave_report(resolved[0].out, say)
         raise
@@ -364,6 +375,7 @@ def dry_run(
     for stage in resolved:
         check(replace(stage, init=InitConfig()), world=ranks)
         inits.check_fit(stage, _texts(stage.init))
+        held_out.check(stage, say)
     for stage in resolved:
         say(parameter_table(estimate(stage, say)))
     judged_by = machine.found() if gpu_memory is None else machine.asked(gpu_memory)
@@ -395,45 +407,94 @@ def generate(
     data: str | Path | None = None,
     image_folder: str | Path = "",
     batch_size: int = 16,
-    trust_code: bool = False,
-    **sampling: object,
+    out: str | Path | None = None,
+    progress: evaluation.Progress | None = None,
+    **options: Any,
 ) -> Iterator[dict]:
     """Answer one prompt about images, or every sample's last question of a LLaVA-format file, in batches.
 
-    Images stand where the prompt says `<image>`, else before it. `sampling` is fields of `Sampling`.
-    `trust_code` lets a function run that the checkpoint names in `image.process`.
+    Images stand where the prompt says `<image>`, else before it. `options` are fields of `Sampling`,
+    and `device`, `precision` and `trust_code` of `load` where `checkpoint` is a path.
     Gives dicts {"id", "text", "finish", "tokens" (generated)}, for a file also "truth" where it holds one.
-    A question of a file that cannot be asked, such as one that is too long, has the finish "error"
-    and says why as "error"; a prompt that cannot is a ValueError.
+    A question of a file that cannot be asked, such as one that is too long or in a row that cannot
+    be read, has the finish "error" and says why as "error"; a prompt that cannot is a ValueError.
+    `out`, a .jsonl file, keeps a file's answers: what it holds is not asked again (docs/evaluate.md).
+    `progress` is called with the numbers of questions done and of all.
     """
-    given = isinstance(checkpoint, Loaded)
-    loaded = checkpoint if given else load(checkpoint, trust_code=trust_code)
+    loaded, sampling = _loaded(checkpoint, options)
     chosen = Sampling(**_sampling(sampling))
     if data is not None:
-        source = LlavaSource(data, image_folder)
-        samples = [source[index] for index in range(len(source))]
-    elif prompt is not None:
-        pictures = tuple(Path(image) if isinstance(image, str) else image for image in images)
-        text = prompt if MARKER in prompt else f"{MARKER}\n" * len(pictures) + prompt
-        samples = [Sample(source="prompt", id="0", turns=(Turn(role="user", text=text),), images=pictures)]
-    else:
+        asked = list(questions(LlavaSource(data, image_folder, questions=True), each="last"))
+        told = {"command": "generate", **_told(data, image_folder)}
+        with _predictions(out, loaded, chosen, asked, told) as file:
+            for start in range(0, len(asked), batch_size):
+                part = asked[start : start + batch_size]
+                judged = evaluation.ask(loaded, part, chosen, batch_size=batch_size, file=file)
+                if progress is not None:
+                    progress(start + len(part), len(asked))
+                yield from map(_answer, judged)
+            if file is not None:
+                file.finish(None)
+        return
+    if prompt is None:
         raise ValueError("give a prompt, or data: a LLaVA-format file")
-    for start in range(0, len(samples), batch_size):
-        part = samples[start : start + batch_size]
-        if data is None:
-            answers = generate_batch(loaded, part, chosen)
-        else:
-            answers = evaluation.answer_in_batches(loaded, part, chosen, batch_size=batch_size)
-        for sample, answer in zip(part, answers, strict=True):
-            more = {"truth": sample.turns[-1].text} if sample.turns[-1].role == "assistant" else {}
-            if answer.error:
-                more["error"] = answer.error
-            told = {"text": answer.text, "finish": answer.finish, "tokens": len(answer.tokens)}
-            yield {"id": sample.id, **told, **more}
+    if out is not None:
+        raise ValueError("out goes with data: a prompt's answer is not kept")
+    pictures = tuple(Path(image) if isinstance(image, str) else image for image in images)
+    text = prompt if MARKER in prompt else f"{MARKER}\n" * len(pictures) + prompt
+    turns = (Turn(role="user", text=text),)
+    sample = Sample(source="prompt", id="0", turns=turns, images=pictures)
+    (answer,) = generate_batch(loaded, [sample], chosen)
+    yield _answer(Judged(question=Question(sample=sample, truth=None), answer=answer, right=False))
+
+
+def _answer(judged: Judged) -> dict:
+    """An answer as `generate` gives it."""
+    question, answer = judged.question, judged.answer
+    told = {"text": answer.text, "finish": answer.finish, "tokens": len(answer.tokens)}
+    truth = {} if question.truth is None else {"truth": question.truth}
+    error = {"error": answer.error} if answer.error else {}
+    return {"id": question.sample.id, **told, **truth, **error}
+
+
+def _loaded(checkpoint: str | Path | Loaded, options: dict) -> tuple[Loaded, dict]:
+    """The model, loaded if it is not, and the options that loading does not take."""
+    loading = {name: options[name] for name in LOADING if name in options}
+    rest = {name: value for name, value in options.items() if name not in loading}
+    if not isinstance(checkpoint, Loaded):
+        return load(checkpoint, **loading), rest
+    if loading:
+        given = ", ".join(loading)
+        raise ValueError(f"{given}: the model is loaded already; give it to neva.load")
+    return checkpoint, rest
+
+
+LOADING = ("device", "precision", "trust_code")
+"""Options of `load` that `generate` and `evaluate` take beside a path."""
 
 
 def _sampling(options: dict) -> dict:
     return {key: tuple(value) if key == "stop" else value for key, value in options.items()}
+
+
+def _told(data: str | Path, image_folder: str | Path) -> dict[str, str]:
+    """The data of predictions, by which they know their own."""
+    folder = str(Path(image_folder).resolve()) if str(image_folder) else ""
+    return {"data": str(Path(data).resolve()), "image_folder": folder}
+
+
+def _predictions(
+    out: str | Path | None,
+    loaded: Loaded,
+    sampling: Sampling,
+    asked: Sequence[Question],
+    told: dict[str, str],
+) -> AbstractContextManager[Predictions | None]:
+    """The file of answers, None if they are not kept."""
+    if out is None:
+        return nullcontext()
+    known = {"neva": neva.__version__, **told, **evaluation.settings(loaded, sampling)}
+    return closing(Predictions(Path(out), settings=known, asked=asked))
 
 
 def evaluate(
@@ -443,36 +504,64 @@ def evaluate(
     image_folder: str | Path = "",
     batch_size: int = 32,
     max_new_tokens: int = 32,
-    trust_code: bool = False,
+    blind: bool = False,
+    out: str | Path | None = None,
+    progress: evaluation.Progress | None = None,
+    **loading: Any,
 ) -> dict:
-    """Exact-match accuracy on a LLaVA-format file.
+    """Exact-match accuracy on a LLaVA-format file, beside what can be had without looking.
 
-    Every answer in the file is a question: the turns before it, as they stand, are its prompt.
-    Gives {"accuracy": {kind: share}, "n": number of questions, "errors": why some could not be
-    asked, such as a prompt that is too long}; these count as answered wrong.
-    `trust_code` lets a function run that the checkpoint names in `image.process`.
+    Every answer in the file is a question: the turns before it, as they stand, are its prompt. One
+    without an answer is answered and not scored.
+    Gives {"accuracy": {kind: share}, "counts": {kind: number}, "n": of all, "overall": shares of
+    all, "baselines": the best answers without an image, "errors": why some could not be asked, such
+    as a prompt that is too long, …}: `evaluate.run.summary`. Those whose question can be read count
+    as answered wrong. `blind` asks again with black images: "blank_image".
+    `out`, a .jsonl file, keeps the answers: what it holds is not asked again (docs/evaluate.md).
+    `progress` is called with the numbers of questions done and of all. `loading` is `device`,
+    `precision` and `trust_code` of `load` where `checkpoint` is a path.
     """
-    given = isinstance(checkpoint, Loaded)
-    loaded = checkpoint if given else load(checkpoint, trust_code=trust_code)
+    loaded, unknown = _loaded(checkpoint, loading)
+    if unknown:
+        raise TypeError(f"evaluate() takes no {', '.join(unknown)}")
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    judged = evaluation.evaluate(loaded, LlavaSource(data, image_folder), sampling=sampling, batch_size=batch_size)
-    return {
-        "accuracy": evaluation.accuracy(judged),
-        "n": len(judged),
-        "errors": evaluation.errors(judged),
-    }
+    every = list(questions(LlavaSource(data, image_folder, questions=True)))
+    asked = suited(every, caption=loaded.encoder.chosen.caption)
+    passes = (False, True) if blind else (False,)
+    judged: dict[bool, list[Judged]] = {}
+    told = {"command": "eval", **_told(data, image_folder)}
+    with _predictions(out, loaded, sampling, asked, told) as file:
+        for number, blank in enumerate(passes):
+            before, total = number * len(asked), len(passes) * len(asked)
+            judged[blank] = evaluation.ask(
+                loaded,
+                asked,
+                sampling,
+                batch_size=batch_size,
+                blank=blank,
+                file=file,
+                progress=progress and (lambda done, _, b=before, t=total: progress(b + done, t)),
+            )
+        left_out = len(every) - len(asked)
+        score = evaluation.summary(judged[False], judged.get(True, ()), left_out=left_out)
+        if file is not None:
+            file.finish(score)
+    return score
 
 
 def _score(config: TrainConfig, checkpoint: Path) -> dict[str, float]:
     """The loop's evaluation: accuracy per kind on the stage's held-out file. Each rank asks its share of the questions."""
-    source = LlavaSource(config.evaluate.source, config.evaluate.image_folder)
+    source = held_out.open_source(config.evaluate)
     loaded = _load_own(config, checkpoint)
     judged = evaluation.evaluate(loaded, source, rank=ranks.rank(), world=ranks.world())
     everything = [j for part in ranks.share(judged) for j in part]
     failed = evaluation.errors(everything)
-    if failed and ranks.rank() == 0:
-        tree.tell(f"{len(failed)} of {len(everything)} questions were not asked: {failed[0]}")
-    return evaluation.accuracy(everything)
+    if not failed:
+        return evaluation.accuracy(everything)
+    if ranks.rank() == 0:
+        count = f"{len(failed)} of {len(everything)} questions were not asked"
+        tree.tell(f"evaluate.source: {count}: {failed[0]}")
+    return evaluation.accuracy(everything) | {"not_asked": len(failed)}
 
 
 def _load_own(config: TrainConfig, checkpoint: Path) -> Loaded:
@@ -492,11 +581,11 @@ def demo(overrides: tree.Overrides = (), *, say: Callable[[str], None] = tree.te
     pairs = zip(stages, begun, strict=True)
     stages = tuple(replace(stage, steps=one.steps) for stage, one in pairs)
     loaded = _load_own(stages[-1], last)
-    held_out = LlavaSource(run / "data" / "heldout.json", run / "data" / "images")
-    say(f"Asking {len(held_out):,} questions about held-out images, then with the images blanked")
+    source = LlavaSource(run / "data" / "heldout.json", run / "data" / "images")
+    say(f"Asking {len(source):,} questions about held-out images, then with the images blanked")
     sampling = Sampling(max_new_tokens=8)
-    judged = evaluation.evaluate(loaded, held_out, sampling=sampling, batch_size=64)
-    blank = evaluation.evaluate(loaded, evaluation.Blanked(held_out), sampling=sampling, batch_size=64)
+    judged = evaluation.evaluate(loaded, source, sampling=sampling, batch_size=64)
+    blank = evaluation.evaluate(loaded, source, sampling=sampling, batch_size=64, blank=True)
     lines = pages.metrics(run)
     result = {
         "accuracy": evaluation.accuracy(judged),

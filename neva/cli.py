@@ -7,6 +7,7 @@ import errno
 import json
 import shutil
 import sys
+import time
 from typing import Any
 
 import click
@@ -171,12 +172,41 @@ def recipes(as_json: bool) -> None:
         _echo(f"{row['name']:{width}}  {row['description']} [{' → '.join(row['stages'])}]")
 
 
+DEVICE = click.option(
+    "--device",
+    metavar="cpu|cuda|cuda:N",
+    help="Where the model runs; by default a GPU where there is one.",
+)
+PRECISION = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    help="auto, the default, is bf16 on a GPU and fp32 on a CPU.",
+)
+OUT = click.option(
+    "--out",
+    type=click.Path(dir_okay=False),
+    metavar="FILE.jsonl",
+    help="Keep the answers and exact prompts of --data here, and settings and score in FILE.report.json. "
+    "The same command goes on where it was stopped, and asks again what could not be asked.",
+)
+STRICT = click.option(
+    "--strict",
+    is_flag=True,
+    help="Exit code 1 if any question cannot be asked; by default only if none can.",
+)
+
+
 @main.command()
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--prompt", metavar="TEXT", help="One question; `<image>` marks where an image stands, else images come first.")
 @click.option("--image", "images", multiple=True, type=click.Path(exists=True, dir_okay=False), help="An image of the prompt; repeatable.")
-@click.option("--data", type=click.Path(exists=True, dir_okay=False), help="A LLaVA-format file: answers each sample's questions.")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False),
+    help="A LLaVA-format file: answers each sample's last question. A bad row costs that row.",
+)
 @click.option("--image-folder", type=click.Path(exists=True, file_okay=False), help="Folder of the data's images.")
+@OUT
 @click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(min=0), metavar="F", help="0 takes the likeliest token.")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), metavar="F", help="Sample from the likeliest tokens of this mass.")
@@ -184,63 +214,198 @@ def recipes(as_json: bool) -> None:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable.")
 @click.option("--seed", type=int, metavar="N", help="Seed of the sampling.")
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples answered at once.")
+@DEVICE
+@PRECISION
+@STRICT
 @TRUST
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-def generate(checkpoint: str, as_json: bool, **options: Any) -> None:
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="One JSON object per line; with --out a single one, of counts.",
+)
+def generate(checkpoint: str, as_json: bool, strict: bool, **options: Any) -> None:
     """Answer a prompt, or the questions of a data file, with a checkpoint (a step_N folder or a run's folder)."""
     if (options["prompt"] is None) == (options["data"] is None):
         raise click.UsageError("give --prompt TEXT for one question, or --data FILE for a file of them (one of the two)")
     if options["data"] is not None and options["images"]:
         raise click.UsageError("--image goes with --prompt; a data file names its own images, relative to --image-folder")
-    if options["prompt"] is not None and options["image_folder"] is not None:
-        raise click.UsageError("--image-folder goes with --data; give the prompt's images with --image")
+    for name in ("image_folder", "out"):
+        if options["prompt"] is not None and options[name] is not None:
+            fix = "give the prompt's images with --image" if name == "image_folder" else "a prompt's answer is printed"
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --data; {fix}")
     from neva import api
 
-    asked = False
-    refused = False
-    for row in api.generate(checkpoint, **_given(options)):
-        if "error" in row:
-            refused = True
-        else:
-            asked = True
-        if as_json:
-            _echo(json.dumps(row, ensure_ascii=False))
-        elif "error" in row:
-            _echo(f"Not asked: {row['error']}", err=True)
-        else:
-            _echo(row["text"] if options["prompt"] is not None else f"{row['id']}: {row['text']}")
-    if refused and not asked:
-        raise ValueError("no question of the file could be asked: mend it, or name another")
+    refused: list[str] = []
+    answered = 0
+    given = _given(options)
+    with _Progress(options["out"], quiet=options["out"] is None and sys.stdout.isatty()) as progress:
+        if options["data"] is not None:
+            given["progress"] = progress
+        for row in api.generate(checkpoint, **given):
+            if "error" in row:
+                refused.append(row["error"])
+            else:
+                answered += 1
+            if options["out"] is not None:
+                continue
+            if as_json:
+                _echo(json.dumps(row, ensure_ascii=False))
+            elif "error" in row:
+                _echo(f"Not asked: {row['error']}", err=True)
+            else:
+                _echo(row["text"] if options["prompt"] is not None else f"{row['id']}: {row['text']}")
+    if options["out"] is not None and as_json:
+        _echo(json.dumps({"out": options["out"], "answered": answered, "errors": refused}))
+    elif options["out"] is not None:
+        _say_refused(refused, "Not asked")
+        _echo(f"{answered} of {answered + len(refused)} questions answered: {options['out']}")
+    _check_asked(answered, len(refused), strict=strict)
 
 
 @main.command("eval")
 @click.argument("checkpoint", metavar="CKPT")
-@click.option("--data", required=True, type=click.Path(exists=True, dir_okay=False), help="A LLaVA-format file with the right answers.")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="A LLaVA-format file with the right answers. A bad row costs that row.",
+)
 @click.option("--image-folder", type=click.Path(exists=True, file_okay=False), help="Folder of the data's images.")
+@OUT
+@click.option(
+    "--blind",
+    is_flag=True,
+    default=None,
+    help="Ask all again with black images: what the model scores without looking.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples answered at once.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Longest answer.")
+@DEVICE
+@PRECISION
+@STRICT
 @TRUST
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def evaluate(checkpoint: str, as_json: bool, **options: Any) -> None:
-    """Exact-match accuracy of a checkpoint on a data file, per kind of question."""
+def evaluate(checkpoint: str, as_json: bool, strict: bool, **options: Any) -> None:
+    """Exact-match accuracy of a checkpoint on a data file, per kind of question and of all.
+
+    Every answer of the file is a question; the turns before it are its prompt. Beside the accuracy
+    stands what the best answers score that can be given without the image. docs/evaluate.md says more.
+    """
     from neva import api
 
-    result = api.evaluate(checkpoint, **_given(options))
+    with _Progress(options["out"]) as progress:
+        result = api.evaluate(checkpoint, **_given(options), progress=progress)
     if as_json:
         _echo(json.dumps(result, ensure_ascii=False))
-        return
+    else:
+        _say_score(result, options["out"])
+    _check_asked(result["answered"], len(result["errors"]), strict=strict)
+
+
+def _say_score(result: dict[str, Any], out: str | None) -> None:
+    """An evaluation's table, and what it does not count."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from neva.config import shown
 
-    table = Table("kind", "accuracy", caption=f"{result['n']} questions")
-    for kind, accuracy in result["accuracy"].items():
-        table.add_row(Text(shown(kind)), f"{accuracy:.1%}")
-    Console().print(table)
-    for error in result["errors"]:
-        _echo(f"Not asked, counted as wrong: {error}", err=True)
+    columns = {"accuracy": "accuracy", "baselines": "best answer without the image"}
+    if "blank_image" in result:
+        columns["blank_image"] = "images blanked"
+    overall = result["overall"] or {}
+    if overall:
+        table = Table("kind", caption=_questions(result["n"]))
+        for heading in ("n", *columns.values()):
+            table.add_column(heading, justify="right")
+        for kind, count in result["counts"].items():
+            shares = (f"{result[name][kind]:.1%}" for name in columns)
+            table.add_row(Text(shown(kind)), str(count), *shares)
+        table.add_section()
+        table.add_row("all", str(result["n"]), *(f"{value:.1%}" for value in overall.values()))
+        Console().print(table)
+    if result["without_truth"]:
+        count = result["without_truth"]
+        where = out or "--out FILE.jsonl keeps what the model says"
+        _echo(f"Not scored, since the file holds no answer: {_questions(count)} ({where})")
+    if result["left_out"]:
+        asks = "the model's caption format asks first questions of images alone"
+        _echo(f"Left out: {_questions(result['left_out'])}; {asks}")
+    _say_refused(result["errors"], "Not asked, counted as wrong where the question can be read")
+    if out is not None:
+        _echo(f"Answers: {out}; settings and score: {out.removesuffix('.jsonl')}.report.json")
+
+
+def _questions(count: int) -> str:
+    return f"{count:,} question{'' if count == 1 else 's'}"
+
+
+SHOWN = 10
+"""Questions that could not be asked are printed, so many at most."""
+
+
+def _say_refused(errors: list[str], what: str) -> None:
+    for error in errors[:SHOWN]:
+        _echo(f"{what}: {error}", err=True)
+    if len(errors) > SHOWN:
+        _echo(f"{what}: {len(errors) - SHOWN} more", err=True)
+
+
+def _check_asked(answered: int, refused: int, *, strict: bool) -> None:
+    """The end of a command that asks a file's questions, of which so many could not be asked."""
+    if refused and not answered:
+        raise ValueError("no question of the file could be asked: mend it, or name another")
+    if refused and strict:
+        raise ValueError(f"{refused} of {answered + refused} questions could not be asked (--strict)")
+
+
+class _Progress:
+    """Says on stderr how many questions are done: a bar on a terminal, else a line now and then."""
+
+    SECONDS = 30.0
+
+    def __init__(self, out: str | None, *, quiet: bool = False) -> None:
+        self.out = out
+        self.quiet = quiet
+        self.bar: Any = None
+        self.started = self.said = time.monotonic()
+        self.first: int | None = None
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        if kind is KeyboardInterrupt and self.out is not None:
+            _echo(f"{self.out} keeps what was answered: the same command goes on", err=True)
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.first is None:
+            self.first = done
+            self.started = self.said = time.monotonic()
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            self._draw(done, total)
+            return
+        now = time.monotonic()
+        if now - self.said >= self.SECONDS and done > self.first:
+            self.said = now
+            left = (now - self.started) / (done - self.first) * (total - done)
+            _echo(f"{done:,} of {total:,} questions, about {left / 60:.0f} min left", err=True)
+
+    def _draw(self, done: int, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        if self.bar is None:
+            columns = ("questions", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bar.add_task("questions", total=total)
+            self.bar.start()
+        self.bar.update(self.bar.task_ids[0], completed=done)
 
 
 @main.command("import")

@@ -184,7 +184,9 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Exact-match accuracy on held-out samples while training."""
+    """Exact-match accuracy on held-out samples while training. What cannot be asked is named when
+    the run begins, and counted at each evaluation (`not_asked`); where its row can be read it
+    counts as answered wrong, as in `neva eval`."""
 
     every: int = 0
     """Steps between evaluations, each after a checkpoint; 0 for none."""

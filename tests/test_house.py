@@ -408,6 +408,11 @@ def test_every_rule_is_shown_to_fire() -> None:
 
 CASES = {
     "date-template",
+    "eval-crash",
+    "eval-long",
+    "eval-plain",
+    "generate-one-bad",
+    "questions-only",
     "small-set-epoch",
     "system-dropped",
     "template-always-header",

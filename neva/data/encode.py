@@ -46,6 +46,18 @@ class Placed:
     """Where the tags of memory tiles stand in the sequence, if they do."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a model is asked, in full."""
+
+    tokens: tuple[int, ...]
+    text: str
+    """All that the tokens spell, special ones as the vocabulary has them; `<image>` where the
+    features of a tile stand in the sequence."""
+    sizes: tuple[tuple[int, int], ...]
+    """Width and height of each image in pixels, upright."""
+
+
 @dataclass
 class Draft:
     """A sample's tokens, whether each carries loss, and its images."""
@@ -53,6 +65,8 @@ class Draft:
     tokens: list[int] = field(default_factory=list)
     marks: list[bool] = field(default_factory=list)
     images: list[Placed] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    """What the tokens spell, in parts: `Prompt.text`."""
     begin: int = 0
     """Where the text begins: behind a start token, unless the tokenizer's own template wrote it."""
 
@@ -142,6 +156,19 @@ class Encoder:
             group=sample.kind or sample.source, key=(sample.source, sample.id), **self._places(draft),
         )  # fmt: skip
 
+    def prompt(self, sample: Sample) -> Prompt:
+        """What `encode(sample, labels=False)` asks, from turns and image headers alone. Raises as
+        `encode`."""
+        try:
+            draft = self._draft(sample, answer=False, max_tiles=0)
+        except ValueError as error:
+            raise _named(sample, error) from None
+        return Prompt(
+            tokens=tuple(draft.tokens),
+            text="".join(draft.texts),
+            sizes=tuple(image.size for image in draft.images),
+        )
+
     def measure(self, sample: Sample, *, length: int | None = None, max_tiles: int = 0) -> Measure:
         """The lengths of `encode(sample)` with the same arguments, from turns and image headers alone. Raises as `encode`."""
         try:
@@ -174,11 +201,15 @@ class Encoder:
             raise ValueError("the model has no vision encoder: leave the image out, or use a model with one")
         if self.chosen.caption and not answer and not sample.images:
             raise ValueError(f"the template {self.template!r} asks with an image alone and this question has none: add one, or train with another")
+        if self.chosen.caption and not answer and sum(turn.role == "user" for turn in sample.turns) > 1:
+            asks = f"the template {self.template!r} asks with the images of a first question alone"
+            raise ValueError(f"{asks} and this is a later one: ask it by itself, or train with another")
         pieces = render(self.chosen, sample.turns, system=self.system, answer=answer)
         draft, span = Draft(), []
         # The tokenizer's own template says itself how a text begins, but with images transformers' processors add the start token.
         if self.tokenizer.bos is not None and (self.template or self.layout.images) and not (pieces and pieces[0].what == "start"):
             draft.add([self.tokenizer.bos])
+            draft.texts.append(self.tokenizer.spell(self.tokenizer.bos))
         draft.begin = len(draft.tokens)
         for piece in pieces:
             if piece.what == "text":
@@ -191,7 +222,9 @@ class Encoder:
                 span = [Piece(text=self.layout.image_suffix)]
             else:
                 self._flush(draft, span)
-                draft.add(self._special(piece), loss=piece.loss)
+                ids = self._special(piece)
+                draft.add(ids, loss=piece.loss)
+                draft.texts += map(self.tokenizer.spell, ids)
                 span = []
                 if piece.what == "start" and piece is pieces[0] and self.template:
                     draft.begin = len(draft.tokens)
@@ -212,6 +245,7 @@ class Encoder:
             places, features = anyres_slots(size, found, layout)
             slots = torch.where(places < 0, -1, places + start).tolist()
             draft.add([IMAGE if feature else NEWLINE for feature in features])
+            draft.texts.append(MARKER)
         else:
             draft.add([IMAGE_START] if layout.start_end else [])
             for number, text in enumerate(texts):
@@ -219,7 +253,9 @@ class Encoder:
                 # Beside memory tiles that have company inline, tags are keys; else they are what a token names a tile by.
                 if text and (inline or layout.inline == "none") and not (layout.tag_tokens == "joined" and number == 0):
                     draft.add(self._tag(text))
+                    draft.texts.append(text)
                 if inline:
+                    draft.texts.append(MARKER)
                     slots.append(range(len(draft.tokens), len(draft.tokens) + p))
                     draft.add([IMAGE] * p)
                 else:
@@ -313,6 +349,7 @@ class Encoder:
             before += piece.text
         draft.tokens += ids
         draft.marks += flags
+        draft.texts.append(before)
 
 
 def check_tags(tokenizer: Tokenizer, layout: ImageLayout) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import reprlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -41,12 +42,24 @@ class LlavaSource:
     row number if absent, and an optional `kind` names what the loss is reported under. Only where each row stands in the file is
     kept in memory, so that a copy in each worker is small.
 
-    Raises ValueError for a file or folder that is missing, empty, or not in this format; SampleError for a bad row, when it is read.
+    With `questions` a conversation may end with a question, or with an empty answer, which is left
+    out: what is asked needs no answer.
+
+    Raises ValueError for a file or folder that is missing, empty, or not in this format; SampleError
+    for a bad row, when it is read. A row that is not JSON costs no other row.
     """
 
-    def __init__(self, path: str | Path, image_folder: str | Path = "", name: str = "") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        image_folder: str | Path = "",
+        name: str = "",
+        *,
+        questions: bool = False,
+    ) -> None:
         self.path = Path(path)
         self.name = name or self.path.stem
+        self._questions = questions
         self.folder = Path(image_folder).resolve() if str(image_folder) else None
         if not self.path.is_file():
             raise ValueError(f"the data file {self.path} is missing: check the source's path")
@@ -68,7 +81,7 @@ class LlavaSource:
         given = row.get("id")
         id = str(index) if given is None or isinstance(given, list | dict) else str(given)
         try:
-            turns = _turns(row.get("conversations"))
+            turns = _turns(row.get("conversations"), questions=self._questions)
             names = _image_names(row.get("image"))
             _check_markers(turns, len(names))
             kind = row.get("kind", "")
@@ -164,32 +177,34 @@ def _list_rows(data: bytes, path: Path) -> np.ndarray:
     """[rows, 3]: start and end of each element of a JSON list, and 0."""
     if not data.strip():
         raise ValueError(f"the data file {path} is empty: {FORMAT}")
+    fault: UnicodeDecodeError | None = None
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"the data file {path} is not UTF-8 ({error}): save it as UTF-8") from None
+        fault = error
+        text = data.decode("utf-8", "surrogateescape")  # an error of its row, when that is read
     decoder, rows = json.JSONDecoder(), []
     position = _after_space(text, 1 if text.startswith("\ufeff") else 0)
     if text[position : position + 1] != "[":
+        if fault is not None:
+            raise ValueError(f"the data file {path} is not UTF-8 ({fault}): save it as UTF-8")
         raise ValueError(f"the data file {path} is not a list: {FORMAT}; a file with one object per line is called .jsonl")
     ascii = text.isascii()  # then characters are bytes
     byte, seen = position, position
     if not ascii:
-        byte = len(text[:position].encode())
+        byte = len(_bytes(text[:position]))
     try:
         position = _after_space(text, position + 1)
         while text[position : position + 1] != "]" or rows:  # at the top, a "]" behind rows means a comma before it: an error
             end = _end(decoder, text, position)
-            byte += (position - seen) if ascii else len(text[seen:position].encode())
-            size = (end - position) if ascii else len(text[position:end].encode())
+            byte += (position - seen) if ascii else len(_bytes(text[seen:position]))
+            size = (end - position) if ascii else len(_bytes(text[position:end]))
             rows.append((byte, byte + size, 0))
             byte, seen = byte + size, end
             position = _after_space(text, end)
             if text[position : position + 1] == "]":
                 break
-            if text[position : position + 1] != ",":
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-            position = _after_space(text, position + 1)
+            position = _after_space(text, position + 1)  # behind the comma
         if text[position + 1 :].strip():
             raise json.JSONDecodeError("Extra data", text, position + 1)
     except json.JSONDecodeError as error:
@@ -197,22 +212,66 @@ def _list_rows(data: bytes, path: Path) -> np.ndarray:
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
 def _end(decoder: json.JSONDecoder, text: str, start: int) -> int:
-    """The place behind the value that begins at `start`."""
+    """The place behind the value that begins at `start`.
+
+    Of one that is not JSON, or nests too deep, it is where its brackets close or, if that comes
+    first, where the next row begins: it is an error of that row, which is found when it is read.
+    JSONDecodeError where neither can be told.
+    """
     try:
-        return decoder.raw_decode(text, start)[1]
+        end = decoder.raw_decode(text, start)[1]
+        if _ends_a_row(text, end):
+            return end
+        fault = json.JSONDecodeError("Expecting ',' delimiter", text, _after_space(text, end))
     except RecursionError:
-        # it nests too deep: an error of that row, which is found when it is read
-        depth = 0
-        for found in _BRACKETS.finditer(text, start):
-            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
-            if not depth:
-                return found.end()
-        raise json.JSONDecodeError("Expecting an end of the value", text, start) from None
+        fault = json.JSONDecodeError("Expecting an end of the value", text, start)
+    except json.JSONDecodeError as error:
+        fault = error
+    found = (_closed(text, start), _before_next(decoder, text, start))
+    ends = [end for end in found if end is not None]
+    if not ends:
+        raise fault
+    return min(ends)
 
 
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
-"""Strings, in which brackets do not count, and brackets."""
+def _ends_a_row(text: str, end: int) -> bool:
+    after = _after_space(text, end)
+    return text[after : after + 1] in (",", "]")
+
+
+def _closed(text: str, start: int) -> int | None:
+    """The place behind the bracket that closes the one at `start`; None where brackets of unlike
+    kinds meet, none closes it, or something else than the next row follows."""
+    open_kinds: list[str] = []
+    for found in _BRACKETS.finditer(text, start) if text[start : start + 1] in ("{", "[") else ():
+        sign = found[0]
+        if sign in ("{", "["):
+            open_kinds.append(sign)
+        elif sign in ("}", "]"):
+            if open_kinds.pop() + sign not in ("{}", "[]"):
+                return None
+            if not open_kinds:
+                return found.end() if _ends_a_row(text, found.end()) else None
+    return None
+
+
+def _before_next(decoder: json.JSONDecoder, text: str, start: int) -> int | None:
+    """The place before the next object with `conversations`, and the comma in front of it."""
+    for found in _COMMAS.finditer(text, start):
+        with suppress(json.JSONDecodeError, RecursionError):
+            if "conversations" in decoder.raw_decode(text, found.end())[0]:
+                return found.start()
+    return None
+
+
+_COMMAS = re.compile(r",[ \t\n\r]*(?=\{)")
+_BRACKETS = re.compile(r'"(?:[^"\\\n]|\\.)*+"|[\[\]{}]')
+"""Strings, in which brackets do not count and lines do not end, and brackets."""
 
 
 def _after_space(text: str, position: int) -> int:
@@ -221,7 +280,7 @@ def _after_space(text: str, position: int) -> int:
     return found.start() if found else len(text)
 
 
-def _turns(conversations: object) -> tuple[Turn, ...]:
+def _turns(conversations: object, *, questions: bool) -> tuple[Turn, ...]:
     if not isinstance(conversations, list) or not conversations:
         raise ValueError("'conversations' is missing, empty or no list: write [{from: human, value: …}, {from: gpt, value: …}]")
     turns = []
@@ -235,6 +294,8 @@ def _turns(conversations: object) -> tuple[Turn, ...]:
         except UnicodeEncodeError as error:
             raise ValueError(f"the text of turn {number} is not valid Unicode ({error.reason}): repair it") from None
         turns.append(Turn(role=ROLES[entry["from"]], text=entry["value"]))
+    if questions and len(turns) > 1 and turns[-1].role == "assistant" and not turns[-1].text.strip():
+        turns.pop()
     talk = turns[1:] if turns[0].role == "system" else turns
     for number, turn in enumerate(talk, len(turns) - len(talk)):
         expected = ("user", "assistant")[(number - len(turns) + len(talk)) % 2]
@@ -242,7 +303,9 @@ def _turns(conversations: object) -> tuple[Turn, ...]:
             raise ValueError(f"turn {number} is the {turn.role}'s, not the {expected}'s: human and gpt alternate, human first")
         if turn.role == "assistant" and not turn.text.strip():
             raise ValueError(f"the answer in turn {number} is empty: there is nothing to learn; leave the sample out")
-    if len(talk) < 2 or len(talk) % 2:
+    if questions and not talk:
+        raise ValueError("the conversation holds no question: write a human turn")
+    if not questions and (len(talk) < 2 or len(talk) % 2):
         raise ValueError("the conversation does not end with an answer: end it with a gpt turn")
     return tuple(turns)
 

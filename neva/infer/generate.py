@@ -20,8 +20,9 @@ from neva.checkpoint.tokens import imported_ends
 from neva.data.encode import Encoder
 from neva.data.pack import Budget, collate, next_runs, run_sizes
 from neva.data.sample import Encoded, Sample, SampleError
-from neva.data.tokenizer import load_tokenizer
+from neva.data.tokenizer import Tokenizer, load_tokenizer
 from neva.models.attention import Cache
+from neva.models.decoder import DecoderConfig
 from neva.models.vlm import VLM, ImageConfig, VLMConfig
 
 
@@ -90,16 +91,17 @@ def load(
 ) -> Loaded:
     """Load a checkpoint (a `step_N` folder or a run folder) for inference.
 
+    `device` is cpu, cuda, or one of several GPUs as cuda:1; by default a GPU where there is one.
     `precision` is fp32, bf16, or auto: bf16 on CUDA, fp32 on the CPU.
     `trust_code` lets the function run that the checkpoint names in `image.process`.
-    Raises ValueError for a broken or missing checkpoint, and for one with such a function that is
-    not trusted.
+    Raises ValueError for a broken or missing checkpoint, for one with such a function that is
+    not trusted, and for a device that is not there.
     """
-    checkpoint = store.open_checkpoint(Path(path))
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = _device(device)
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if where.type == "cuda" else torch.float32}
     if precision not in kinds:
         raise ValueError(f"precision={precision!r} is none of {', '.join(kinds)}.")
+    checkpoint = store.open_checkpoint(Path(path))
     if "model" not in checkpoint.config:
         raise ValueError(f"{checkpoint.folder} holds an encoder alone, which cannot answer: compose a model with neva import --decoder X --vision Y.")
     if not store.tokenizer_folder(checkpoint.folder).is_dir():
@@ -130,6 +132,25 @@ def load(
     )
 
 
+def _device(name: str | None) -> torch.device:
+    """The device of that name, by default the GPU where there is one. ValueError if it is not
+    there."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not name:
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name!r} is no device: give cpu, cuda or cuda:1") from None
+    there = {"cpu": True, "cuda": (device.index or 0) < gpus}
+    if device.type == "mps":
+        there["mps"] = torch.backends.mps.is_available()
+    if not there.get(device.type):
+        has = f"PyTorch finds {gpus} CUDA device{'' if gpus == 1 else 's'} here"
+        raise ValueError(f"device={name!r} cannot be used: {has}; leave it out for the default")
+    return device
+
+
 def untrusted(image: ImageConfig) -> str:
     """What is wrong with settings of a checkpoint that name a function, and what to do."""
     return (
@@ -148,24 +169,20 @@ def lay_out_for_decoding(model: VLM) -> None:
         weight.data = weight.data.T.contiguous().T
 
 
-def unanswerable(loaded: Loaded, prompt: Encoded) -> SampleError | None:
-    """The error of a prompt that leaves the model no position, or has a token that it does not
-    know; None for others."""
-    decoder = loaded.model.config.decoder
-    highest = max(prompt.tokens.tolist(), default=0)
+def unanswerable(decoder: DecoderConfig, tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """What is wrong with a prompt that leaves the model no position, or has a token that it does
+    not know; empty for others."""
+    highest = max(tokens, default=0)
     if highest >= decoder.vocab:
-        token = loaded.encoder.tokenizer.spell(highest)
+        token = tokenizer.spell(highest)
         has = f"its prompt holds {token!r}, a token (number {highest}) that was added"
         where = f"to the tokenizer and not to the model's {decoder.vocab}"
         fix = "leave it out, or train the model with it"
-        return SampleError(*prompt.key, f"{has} {where}: {fix}")
-    if len(prompt.tokens) < decoder.reach:
-        return None
-    has = f"its prompt has {len(prompt.tokens)} tokens"
-    return SampleError(
-        *prompt.key,
-        f"{has} but the model's positions end at {decoder.reach}: shorten it",
-    )
+        return f"{has} {where}: {fix}"
+    if len(tokens) < decoder.reach:
+        return ""
+    has = f"its prompt has {len(tokens)} tokens"
+    return f"{has} but the model's positions end at {decoder.reach}: shorten it"
 
 
 def generate(loaded: Loaded, samples: Sequence[Sample], sampling: Sampling | None = None) -> list[Answer]:
@@ -178,10 +195,12 @@ def generate_encoded(loaded: Loaded, prompts: Sequence[Encoded], sampling: Sampl
     """`generate` for prompts that are encoded already."""
     if not prompts:
         return []
+    decoder = loaded.model.config.decoder
     for prompt in prompts:
-        if error := unanswerable(loaded, prompt):
-            raise error
-    limit = loaded.model.config.decoder.reach
+        tokens = prompt.tokens.tolist()
+        if error := unanswerable(decoder, loaded.encoder.tokenizer, tokens):
+            raise SampleError(*prompt.key, error)
+    limit = decoder.reach
     requests = [_Request(loaded, sampling, prompt) for prompt in prompts]
     lengths = torch.tensor([len(p.tokens) for p in prompts])
     batch = _prefill_batch(loaded, prompts)

@@ -29,6 +29,8 @@ from neva.training.stage import Stage, check, prepare, save, train_step
 Say = Callable[[str], None]
 Evaluate = Callable[[TrainConfig, Path], dict[str, float]]
 """Scores a checkpoint folder on the stage's held-out samples; called by every rank."""
+Check = Callable[[TrainConfig, Say], None]
+"""Raises ValueError for held-out samples of a stage that cannot be evaluated on."""
 
 
 class Stopped(Exception):
@@ -64,7 +66,14 @@ class _Signals:
         self.seen = number
 
 
-def train(stages: tuple[TrainConfig, ...], *, resume: str = "", on_evaluate: Evaluate | None = None, say: Say = print) -> Path:
+def train(
+    stages: tuple[TrainConfig, ...],
+    *,
+    resume: str = "",
+    on_check: Check | None = None,
+    on_evaluate: Evaluate | None = None,
+    say: Say = print,
+) -> Path:
     """Run resolved stages one after the other and give the last checkpoint.
 
     `resume` is "auto" (the run folder's newest whole checkpoint, or a new start where there is none) or the path of a checkpoint.
@@ -82,6 +91,8 @@ def train(stages: tuple[TrainConfig, ...], *, resume: str = "", on_evaluate: Eva
             stages = with_steps(_with_date(stages, found), found=found, say=say)
             for config in stages[_position(stages, found)[0] :]:
                 check(config, world=mesh.size())
+                if on_check is not None:
+                    on_check(config, say)
             run = _Run(mesh=mesh, device=device, signals=signals, say=say, held=held, rewind=resume not in ("", "auto"))
             if found is None:
                 _open_run(stages, None, run)

@@ -191,7 +191,8 @@ class Reporter:
         for name, value in scores.items():
             if self.board is not None:
                 self.board.add_scalar(f"evaluation/{name}", value, step)
-        self.say(f"{self.config.name} {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+        told = (f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in scores.items())
+        self.say(f"{self.config.name} {step}  " + "  ".join(told))
 
     def close(self) -> None:
         """Flush everything. What could not be written was an error at its step."""

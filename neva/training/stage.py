@@ -69,11 +69,6 @@ def check(config: TrainConfig, *, world: int) -> None:
     for path in (config.init.model, *part_paths(config.init).values()):
         if path:
             store.find(Path(path))
-    if config.evaluate.every:
-        source = LlavaSource(config.evaluate.source, config.evaluate.image_folder, name="evaluate.source")
-        absent = [str(p) for n in range(len(source)) for p in source[n].images if isinstance(p, Path) and not p.is_file()]
-        if absent:
-            raise ValueError(f"evaluate.source={config.evaluate.source} names {len(absent)} images that are not there, {absent[0]} the first")
 
 
 def prepare(

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import neva
-from neva import config, recipes
+from neva import cli, config, recipes
 from neva.cli import main
 from neva.infer.generate import Sampling
 
@@ -47,7 +47,9 @@ class FakeApi(types.ModuleType):
 
         def call(*args: Any, **options: Any) -> Any:
             taken = signature.bind(*args, **options).arguments
-            Sampling(**{**taken.get("sampling", {})})  # `generate` takes the fields of Sampling
+            # `generate` takes the fields of Sampling, and options of `load`
+            more = taken.get("options", {}) if name == "generate" else {}
+            Sampling(**{key: value for key, value in more.items() if key not in REAL.LOADING})
             self.calls.append((name, args, options))
             if isinstance(self.answer, BaseException):
                 raise self.answer
@@ -130,7 +132,9 @@ def test_generate_prints_one_line_per_sample_of_a_file(api: FakeApi, tmp_path: P
     assert run("generate", "x", "--data", str(data), "--image-folder", str(tmp_path)).output == "a: zwölf\nb: two\n"
     lines = run("generate", "x", "--data", str(data), "--batch-size", "4", "--json").output.splitlines()
     assert [json.loads(line) for line in lines] == api.answer
-    assert api.calls[0][2] == {"data": str(data), "image_folder": str(tmp_path)}
+    given = api.calls[0][2]
+    assert callable(given.pop("progress"))
+    assert given == {"data": str(data), "image_folder": str(tmp_path)}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +144,7 @@ def test_generate_prints_one_line_per_sample_of_a_file(api: FakeApi, tmp_path: P
         (["--prompt", "a", "--data", __file__], "give --prompt TEXT for one question, or --data FILE"),
         (["--data", __file__, "--image", __file__], "--image goes with --prompt"),
         (["--prompt", "a", "--image-folder", "."], "--image-folder goes with --data"),
+        (["--prompt", "a", "--out", "a.jsonl"], "--out goes with --data"),
         (["--prompt", "a", "--image", "nowhere.png"], "nowhere.png"),
         (["--prompt", "a", "--top-p", "1.5"], "1.5 is not in the range"),
         (["--prompt", "a", "--max-new-tokens", "0"], "0 is not in the range"),
@@ -151,11 +156,92 @@ def test_a_wrong_use_of_generate_is_said_with_exit_code_2(api: FakeApi, args: li
 
 
 def test_eval_prints_a_table_or_json(api: FakeApi) -> None:
-    api.answer = {"accuracy": {"colour": 0.875, "all": 0.5}, "n": 16}
+    api.answer = SCORE
     assert json.loads(run("eval", "x", "--data", __file__, "--json").output) == api.answer
     table = run("eval", "x", "--data", __file__, "--image-folder", str(ROOT)).output
-    assert "colour" in table and "87.5%" in table and "16 questions" in table
-    assert api.calls[1] == ("evaluate", ("x",), {"data": __file__, "image_folder": str(ROOT)})
+    rows = [line.split() for line in table.splitlines()]
+    assert any("best answer without the image" in line for line in table.splitlines())
+    shown = [[word for word in row if word != "│"] for row in rows]
+    assert ["colour", "12", "87.5%", "50.0%"] in shown and ["all", "16", "78.1%", "56.2%"] in shown
+    assert "16 questions" in table and "blanked" not in table
+    name, args, given = api.calls[1]
+    assert callable(given.pop("progress"))
+    assert (name, args, given) == ("evaluate", ("x",), {"data": __file__, "image_folder": str(ROOT)})
+
+
+def test_eval_tells_what_it_does_not_score(api: FakeApi) -> None:
+    blank = {"colour": 0.25, "kind": 0.75}
+    overall = {**SCORE["overall"], "blank_image": 0.375}
+    errors = [f"sample 'b{n}' of 'x': gone" for n in range(12)]
+    more = {"errors": errors, "without_truth": 2, "left_out": 3, "answered": 18}
+    api.answer = {**SCORE, "blank_image": blank, "overall": overall, **more}
+    result = run("eval", "x", "--data", __file__, "--blind", "--out", "a.jsonl")
+    assert result.exit_code == 0, result.output
+    assert "images blanked" in result.stdout and "37.5%" in result.stdout
+    told = ("holds no answer: 2 questions", "Left out: 3 questions", "a.report.json")
+    assert all(text in result.stdout for text in told)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Not asked")]
+    assert len(lines) == 11 and "'b9'" in lines[9] and lines[10].endswith(": 2 more")
+    assert run("eval", "x", "--data", __file__, "--strict").exit_code == 1
+    api.answer = {**SCORE, "overall": None, "n": 0, "answered": 0, "errors": errors}
+    failed = run("eval", "x", "--data", __file__)
+    assert failed.exit_code == 1 and "no question of the file could be asked" in failed.stderr
+    assert json.loads(run("eval", "x", "--data", __file__, "--json").stdout) == api.answer
+
+
+def test_generate_counts_what_it_could_not_ask(api: FakeApi, tmp_path: Path) -> None:
+    bad = {"id": "b", "text": "", "finish": "error", "error": "sample 'b' of 'x': gone"}
+    api.answer = [{"id": "a", "text": "one"}, bad]
+    given = ("generate", "x", "--data", __file__)
+    plain = run(*given)
+    assert (plain.exit_code, plain.stdout) == (0, "a: one\n") and "sample 'b'" in plain.stderr
+    strict = run(*given, "--strict")
+    assert strict.exit_code == 1 and "1 of 2 questions could not be asked" in strict.stderr
+    kept = run(*given, "--out", "a.jsonl")
+    assert kept.stdout == "1 of 2 questions answered: a.jsonl\n" and "sample 'b'" in kept.stderr
+    counts = json.loads(run(*given, "--out", "a.jsonl", "--json").stdout)
+    assert counts == {"out": "a.jsonl", "answered": 1, "errors": [bad["error"]]}
+    api.answer = [bad]
+    assert run(*given).exit_code == 1 and run(*given, "--out", "a.jsonl").exit_code == 1
+
+
+def test_progress_is_a_line_now_and_then_and_a_bar_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("neva.cli.time.monotonic", lambda: clock[0])
+    with cli._Progress(None) as progress:
+        for done in (20, 21, 25, 30, 100):  # 20 were answered before
+            progress(done, 100)
+            clock[0] += 20
+    lines = ["25 of 100 questions, about 10 min left", "100 of 100 questions, about 0 min left"]
+    assert capsys.readouterr().err.splitlines() == lines
+    with cli._Progress(None, quiet=True) as progress:
+        progress(1, 2)
+        clock[0] += 99
+        progress(2, 2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with cli._Progress(None) as progress:
+        progress(1, 2)
+        assert progress.bar.tasks[0].total == 2 and progress.bar.tasks[0].completed == 1
+    with pytest.raises(KeyboardInterrupt), cli._Progress("kept.jsonl"):
+        raise KeyboardInterrupt
+    assert "kept.jsonl keeps what was answered" in capsys.readouterr().err
+
+
+SCORE: dict[str, Any] = {
+    "accuracy": {"colour": 0.875, "kind": 0.5},
+    "baselines": {"colour": 0.5, "kind": 0.75},
+    "counts": {"colour": 12, "kind": 4},
+    "overall": {"accuracy": 0.78125, "baseline": 0.5625},
+    "n": 16,
+    "answered": 16,
+    "without_truth": 0,
+    "left_out": 0,
+    "errors": [],
+}
 
 
 @pytest.mark.parametrize(
@@ -387,10 +473,12 @@ def test_every_command_calls_neva_api_as_it_is(api: FakeApi, tmp_path: Path) -> 
         "--seed",
         1,
     ]
-    sampling += ["--stop", "x", "--batch-size", 2, "--trust-code", "--json"]
+    loading = ["--trust-code", "--device", "cpu", "--precision", "bf16"]
+    sampling += ["--stop", "x", "--batch-size", 2, *loading, "--json"]
     cut = ["--min-tiles", 1, "--max-tiles", 4, "--tile", 28, "--tags", "none", "--json"]
     composed = ["--decoder", "a", "--vision", "b", "--projector", "linear", "--seed", 3]
-    judged = ["--image-folder", tmp_path, "--batch-size", 2, "--max-new-tokens", 3, "--trust-code"]
+    kept = ["--out", tmp_path / "a.jsonl", "--image-folder", tmp_path]
+    judged = [*kept, "--batch-size", 2, "--max-new-tokens", 3, *loading]
     written = [
         "--part",
         "decoder",
@@ -411,7 +499,7 @@ def test_every_command_calls_neva_api_as_it_is(api: FakeApi, tmp_path: Path) -> 
             [{"id": "a", "text": "b"}],
             ["generate", "x", "--prompt", "a", "--image", file, *sampling],
         ),
-        ([], ["generate", "x", "--data", __file__, "--image-folder", tmp_path, *sampling]),
+        ([], ["generate", "x", "--data", __file__, *kept, *sampling]),
         ("x", ["import", "a", "k=1", "--out", "o", "--dtype", "bf16", "--template", "v1", "--no-parity"]),
         ("x", ["import", *composed]),
         ({"step": 1}, ["inspect", tmp_path, "--json"]),
@@ -419,7 +507,7 @@ def test_every_command_calls_neva_api_as_it_is(api: FakeApi, tmp_path: Path) -> 
         (("text\n", []), ["convert-config", __file__, "--out", "y.yaml"]),
         ("x", ["export", "c", "--out", "o", *written]),
         ({"columns": 1, "rows": 1, "tiles": 1}, ["data", "tiles", file, "--out", tmp_path / "b.png", *cut]),
-        ({"accuracy": {}, "n": 0}, ["eval", "x", "--data", __file__, *judged, "--json"]),
+        (SCORE, ["eval", "x", "--data", __file__, *judged, "--blind", "--strict", "--json"]),
     ]
     for number, (answer, arguments) in enumerate(commands, 1):
         api.answer = answer

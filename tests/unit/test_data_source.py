@@ -76,7 +76,9 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
     "open": ("a.json", b"[", "is not JSON"),
     "trailing comma": ("a.json", b'[{"id": 1},]', "is not JSON"),
     "two lists": ("a.json", b"[{}] [{}]", "is not JSON"),
-    "not UTF-8": ("a.json", b'[{"id": "\xff"}]', "is not UTF-8"),
+    "not UTF-8": ("a.json", '[{"id": "é"}]'.encode("utf-16"), "is not UTF-8"),
+    "bracket in the place of a brace": ("a.json", b'[{"id": 1}, {"id": 2]', "is not JSON"),
+    "comma left out at the end": ("a.json", b'[{"id": 1} {"id": 2}]', "is not JSON"),
 }
 
 
@@ -154,6 +156,90 @@ def test_an_unreadable_line_is_named_by_file_and_line(folder: Path) -> None:
     for index, line in ((1, 3), (2, 4)):
         with pytest.raises(SampleError, match=f"a.jsonl:{line} is not JSON"):
             source[index]
+
+
+TORN: dict[str, bytes] = {
+    "comma left out": b'{"id": "bad" "conversations": [{"from": "human", "value": "a"}]}',
+    "comma too many": b'{"id": "bad", "conversations": [{"from": "human", "value": "a"},]}',
+    "single quotes": b"{'id': 'bad', 'conversations': [{'from': 'human', 'value': 'a'}]}",
+    "one quote": b'{"id": "bad", "conversations": [{"from": "human", "value": "a 5" pipe"}]}',
+    "two quotes": b'{"id": "bad", "conversations": [{"from": "human", "value": "an "a" b"}]}',
+    "bracket in a text": b'{"id": "bad", "conversations": [{"from": "human", "value": "}]" "b"}]}',
+    "brace left out": b'{"id": "bad", "conversations": [{"from": "human", "value": "a"}]',
+    "bracket left out": b'{"id": "bad", "conversations": [{"from": "human", "value": "a"}}',
+    "brace too many": b'{"id": "bad", "conversations": [{"from": "human", "value": "a"}]}}',
+    "not UTF-8": b'{"id": "bad", "conversations": [{"from": "human", "value": "caf\xe9"}]}',
+    "control character": b'{"id": "bad", "conversations": [{"from": "human", "value": "a\x01"}]}',
+    "cut": b'{"id": "bad", "conversations": [{"from": "hum',
+    "python": b'{"id": "bad", "conversations": None}',
+    "a word": b"bad",
+}
+"""Rows that are not JSON."""
+
+
+@pytest.mark.parametrize("where", ["first", "middle", "twice"])
+@pytest.mark.parametrize("separator", [b", ", b",\n ", b"\n"])
+@pytest.mark.parametrize("case", TORN)
+def test_a_row_that_is_not_json_costs_no_other_row(
+    tmp_path: Path,
+    case: str,
+    separator: bytes,
+    where: str,
+) -> None:
+    """Its own error names it by its place; with line breaks between rows the file is .jsonl."""
+    texts = ("Hello", 'He said "Hi" {[', "größe", "last")
+    talks = [[{"from": "human", "value": text}, TEXT[1]] for text in texts]
+    rows: list[bytes] = [json.dumps({"id": f"row{n}", "conversations": talk}, ensure_ascii=False).encode() for n, talk in enumerate(talks)]
+    places = {"first": [0], "middle": [2], "twice": [1, 3]}[where]
+    for place in places:
+        rows.insert(place, TORN[case])
+    lines = separator == b"\n"
+    path = tmp_path / ("a.jsonl" if lines else "a.json")
+    path.write_bytes(separator.join(rows) if lines else b"[" + separator.join(rows) + b"]")
+    source = LlavaSource(path)
+    read: list[str] = []
+    for index in range(len(source)):
+        try:
+            read.append(source[index].turns[0].text)
+        except SampleError as error:
+            place = f"a.jsonl:{index + 1} is" if lines else f"a.json, row {index} is"
+            assert f"{place} not JSON" in str(error) and index in places
+            read.append("")
+    expected = list(texts)
+    for place in places:
+        expected.insert(place, "")
+    assert read == expected
+
+
+def test_questions_need_no_answer(folder: Path) -> None:
+    """With `questions`; an empty last answer is none, an empty one before is an error."""
+    asked = [{"from": "human", "value": "a"}]
+    blank = {"from": "gpt", "value": " "}
+    rows = [
+        {"id": "q", "conversations": asked},
+        {"id": "empty", "conversations": [*asked, blank]},
+        {"id": "later", "conversations": [*TEXT, *asked]},
+        {"id": "system", "conversations": [{"from": "system", "value": "s"}, *asked]},
+        {"id": "answered", "conversations": TEXT},
+    ]
+    path = written(folder, rows).path
+    source = LlavaSource(path, questions=True)
+    read = [[turn.role for turn in source[n].turns] for n in range(5)]
+    asks = ["user", "assistant"]
+    assert read == [["user"], ["user"], [*asks, "user"], ["system", "user"], asks]
+    for number in range(4):
+        with pytest.raises(SampleError):
+            LlavaSource(path)[number]
+    bad = [
+        {"conversations": [{"from": "system", "value": "s"}]},
+        {"conversations": [blank]},
+        {"conversations": [*asked, blank, *asked]},
+        {"conversations": [*asked, *asked]},
+    ]
+    source = LlavaSource(written(folder, bad).path, questions=True)
+    for number in range(len(bad)):
+        with pytest.raises(SampleError):
+            source[number]
 
 
 def test_an_image_needs_an_image_folder(folder: Path) -> None:
