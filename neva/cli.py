@@ -172,12 +172,12 @@ def recipes(as_json: bool) -> None:
         _echo(f"{row['name']:{width}}  {row['description']} [{' → '.join(row['stages'])}]")
 
 
-DEVICE = click.option(
+ON_DEVICE = click.option(
     "--device",
     metavar="cpu|cuda|cuda:N",
     help="Where the model runs; by default a GPU where there is one.",
 )
-PRECISION = click.option(
+IN_PRECISION = click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16"]),
     help="auto, the default, is bf16 on a GPU and fp32 on a CPU.",
@@ -214,8 +214,8 @@ STRICT = click.option(
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable.")
 @click.option("--seed", type=int, metavar="N", help="Seed of the sampling.")
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples answered at once.")
-@DEVICE
-@PRECISION
+@ON_DEVICE
+@IN_PRECISION
 @STRICT
 @TRUST
 @click.option(
@@ -281,8 +281,8 @@ def generate(checkpoint: str, as_json: bool, strict: bool, **options: Any) -> No
 )
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples answered at once.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Longest answer.")
-@DEVICE
-@PRECISION
+@ON_DEVICE
+@IN_PRECISION
 @STRICT
 @TRUST
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
