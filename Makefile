@@ -14,11 +14,12 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 KEY := $(shell { cat pyproject.toml constraints.txt; pwd; echo "$(PYTHON)"; } | cksum | tr -dc 0-9)
 RUN := .venv/.run-$(KEY)
 DEV := .venv/.dev-$(KEY)
+REAL := .venv/.real-$(KEY)
 
 FAST := not slow and not multi and not gpu and not soak
 REST := (slow or multi) and not gpu and not soak
 
-.PHONY: help venv demo models keys test test-rest test-all test-gpu soak lint bench clean
+.PHONY: help venv demo real models keys test test-rest test-all test-gpu soak lint bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r target what; do printf 'make %-12s %s\n' "$$target" "$$what"; done
@@ -27,6 +28,9 @@ venv: $(DEV) ## make .venv with all that tests and lint need
 
 demo: $(RUN) ## train a tiny model and let it answer questions
 	$(BIN)/neva demo $(ARGS)
+
+real: $(REAL) ## a vision-language model of real pre-trained parts: half an hour
+	$(BIN)/python -m examples.real $(ARGS)
 
 models: $(DEV) ## write the table of docs/models.md from what it runs
 	$(BIN)/python -m docs.make_models
@@ -72,3 +76,4 @@ endef
 
 $(RUN): ; $(call install,.,$(RUN))
 $(DEV): ; $(call install,.[dev],$(RUN) $(DEV))
+$(REAL): ; $(call install,.[real],$(RUN) $(REAL))
