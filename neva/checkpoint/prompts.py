@@ -53,6 +53,7 @@ def compare_prompts(folder: Path, encoder: Encoder, vision: VisionConfig | None)
     import transformers
 
     images = encoder.layout.images
+    rebuilt = ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kind = transformers.AutoProcessor if images else transformers.AutoTokenizer
@@ -63,8 +64,10 @@ def compare_prompts(folder: Path, encoder: Encoder, vision: VisionConfig | None)
                 folder,
                 trust_remote_code=False,
             )
-            if theirs(TEXTS[1]).input_ids != plain(TEXTS[1]).input_ids:
-                theirs = plain  # see REBUILT
+            if any(theirs(text).input_ids != plain(text).input_ids for text in TEXTS):
+                # see REBUILT
+                rebuilt = type(theirs).__name__
+                theirs = plain
     equal, apart, caption = 0, 0.0, find_template(encoder.template, encoder.tokenizer).caption
     for name, talk in TALKS.items():
         pictures = tuple(_picture(number) for number in range(sum(count for count, _, _ in talk)))
@@ -96,6 +99,11 @@ def compare_prompts(folder: Path, encoder: Encoder, vision: VisionConfig | None)
         plain = theirs.tokenizer if images else theirs
         odd = _beside_sentencepiece(folder, encoder.tokenizer, plain)
         line += f"\nTokenizer: {odd}" if odd else ""
+    if rebuilt:
+        line += (
+            f"\nwarning: AutoTokenizer reads {folder} as {rebuilt}, which splits texts otherwise: "
+            f"{REBUILT}. Read it with PreTrainedTokenizerFast.from_pretrained."
+        )
     return line
 
 
