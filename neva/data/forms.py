@@ -176,7 +176,7 @@ def _adjusted(form: Form, text: str) -> str:
         if form.tail and behind.startswith(form.tail):
             label += form.tail
             behind = behind.removeprefix(form.tail)
-        ended = label.rfind(END_SIGN) + 1 if form.adds_end else len(label.rstrip())
+        ended = len(label.rstrip())
         made += before + OPEN_SIGN + label[:ended] + CLOSE_SIGN
         spans[number + 2] = label[ended:] + behind
     return made + spans[-1]
@@ -332,7 +332,7 @@ def _measured(jinja: str, form: Form, turns: Sequence[Turn], specials: tuple[str
     token = re.compile(rf"\s*({END_SIGN}|{names})" if names else rf"\s*{END_SIGN}")
     tails = [match.group() if (match := token.match(behind)) else "" for _, behind in spans]
     ended = any(text.strip() for text in inside)
-    if not ended and tails[0] and len(set(tails)) == 1 and GENERATION.search(jinja):
+    if not ended and tails[0] and len(set(tails)) == 1:
         return replace(form, tail=tails[0])
     if ended or any(tails):
         raise Lost(6, f"the chat template loses the end: it ends some answers and not others{_FIX}")
@@ -348,7 +348,7 @@ def _prove(jinja: str, form: Form, turns: Sequence[Turn]) -> None:
     _check_spans(spans, turns)
     for (label, _), text in zip(spans, _answers(turns), strict=True):
         behind = label.partition(text)[2]
-        if not behind.strip() or (form.adds_end and behind != END_SIGN):
+        if not behind.strip():
             raise Lost(6, f"the chat template loses the end of an answer{_FIX}")
 
 

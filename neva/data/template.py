@@ -103,7 +103,7 @@ def check(template: Template, *, images: bool = False, system: bool = False) -> 
     form = template.form
     for fault in (
         form.no_images if images else "",
-        form.no_system if system or template.system else "",
+        form.no_system if system else "",
     ):
         if fault:
             raise ValueError(fault)
@@ -146,7 +146,7 @@ def _pieces(text: str) -> tuple[Piece, ...]:
         if part in (OPEN_SIGN, CLOSE_SIGN):
             loss = part == OPEN_SIGN
         elif part in kinds:
-            pieces.append(Piece(what=kinds[part], loss=loss and part != IMAGE_SIGN))
+            pieces.append(Piece(what=kinds[part], loss=loss))
         elif part:
             pieces.append(Piece(text=part, loss=loss))
     return tuple(pieces)

@@ -1,5 +1,6 @@
 """The training loop against a plain one, and what each of its settings does. In process, on one rank."""
 
+import fcntl
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from neva.models.vlm import VLM, build, fresh
 from neva.parallel import mesh as ranks
 from neva.recipes.resolve import resolve
 from neva.training import loop, stage
+from neva.training.metrics import Work, _document_lengths, cut_back
 from neva.training.optim import learning_rate
 from tests import runs
 from tests.packed import Item, pack
@@ -300,11 +302,57 @@ def test_a_step_whose_samples_all_fail_to_decode_is_left_out(data: Path, tmp_pat
         (tmp_path / f"{n}.png").write_bytes(content[: len(content) // 2])  # the header is whole: found when the step is made
         rows.append(runs.row(str(n), "<image>\nWhat?", "noise", image=f"{n}.png"))
     (tmp_path / "bad.json").write_text(json.dumps(rows))
-    overrides = ("data.on_error=skip", f"data.source={tmp_path / 'bad.json'}", f"data.image_folder={tmp_path}", "batch.rows=2", "steps=2")
+    overrides = (
+        "data.on_error=skip",
+        f"data.source={tmp_path / 'bad.json'}",
+        f"data.image_folder={tmp_path}",
+        "batch.rows=2",
+        "steps=2",
+        "checkpoint.every=1",
+    )
     train("llava-tiny/finetune", data, tmp_path / "run", *overrides)
     lines = runs.metrics(tmp_path / "run")
     assert [(line["loss"], line["labels"], line["skipped_steps"]) for line in lines] == [(None, 0, 1), (None, 0, 2)]
     assert lines[-1]["skipped_samples"] > 0
+    step_2 = tmp_path / "run" / "checkpoints" / "step_2"
+    step_2.rename(step_2.with_name("away"))
+    train("llava-tiny/finetune", data, tmp_path / "run", *overrides, resume="auto")
+    # the one before the resume is counted on
+    assert runs.learned(tmp_path / "run")[-1]["skipped_steps"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_also_where_nothing_learns_from_it(
+    data: Path,
+    tmp_path: Path,
+    ranked: torch.device,
+) -> None:
+    """Text alone where only the projector is trained: the loss is NaN, the gradient's norm is 0."""
+    rows = [runs.row(f"t{n}", "Write ~.", "red " * (n + 1)) for n in range(8)]
+    (tmp_path / "text.json").write_text(json.dumps(rows))
+    settings = (f"data.source={tmp_path / 'text.json'}", "trainable=[projector.*]")
+    (config,) = plan("llava-tiny/finetune", data, tmp_path / "run", *settings)
+    made = with_nan(config, ranked)
+    with pytest.raises(ValueError, match="the loss is not finite; samples: text/t"):
+        stage.train_step(made, next(made.loader))
+
+
+def test_a_gradient_that_is_not_finite_stops_where_every_loss_is(
+    data: Path,
+    tmp_path: Path,
+    ranked: torch.device,
+) -> None:
+    (config,) = plan("llava-tiny/finetune", data, tmp_path / "run")
+    made = prepared(config, ranked)
+
+    def explode(module: object, given: object, out: Tensor) -> None:
+        out.register_hook(lambda gradient: gradient * math.inf)
+
+    made.model.projector[0].register_forward_hook(explode)
+    weight = made.model.projector[2].weight
+    before = weight.to_local().clone()
+    with pytest.raises(ValueError, match="the gradient norm is not finite though every loss is"):
+        stage.train_step(made, next(made.loader))
+    assert torch.equal(weight.to_local(), before)
 
 
 def test_steps_without_an_image_pass_where_only_vision_could_learn(data: Path, tmp_path: Path) -> None:
@@ -400,6 +448,66 @@ def test_every_step_has_a_flushed_line_whatever_is_printed(data: Path, tmp_path:
         assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["seconds"]) and line["memory_gib"] > 0 < line["flops_per_s"]
 
 
+def test_work_is_counted_without_padding(data: Path, tmp_path: Path, ranked: torch.device) -> None:
+    """By documents, whose lengths are those of their samples encoded alone."""
+    (config,) = plan("llava-tiny/finetune", data, tmp_path / "run")
+    source = LlavaSource(config.data.source, config.data.image_folder)
+    samples = {source[i].id: source[i] for i in range(len(source))}
+    loader = stage.make_loader(config, load_tokenizer(config.data.tokenizer))
+    for batch in next(loader):
+        lengths = [len(loader.encoder.encode(samples[id]).tokens) for _, id in batch.keys]
+        work = Work.of([batch], config, frozenset({"decoder"}))
+        assert work.tokens == sum(lengths) < work.slots == batch.tokens.numel()
+        assert _document_lengths(batch) == lengths
+
+
+def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
+    """So are those that a kill tore; the others keep every byte."""
+    path = tmp_path / "metrics.jsonl"
+    kept = [b'{"step": 1, "loss": 2.5}', b'{"loss": null,  "step": 2}']
+    torn = [b'{"step": 2, "lo', b"[2]", b"null", b'{"stage": "a"}', b'{"step": "\xff']
+    path.write_bytes(b"\n".join([kept[0], *torn, kept[1], b'{"step": 3}', b'{"step": 2']))
+    cut_back(path, 2)
+    assert path.read_bytes() == b"\n".join([*kept, b""])
+    cut_back(tmp_path / "evaluations.jsonl", 2)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_going_back_forgets_what_was_done_after(data: Path, tmp_path: Path) -> None:
+    """Lines, scores and checkpoints of later steps."""
+    options = ("steps=4", "checkpoint.every=1", "checkpoint.keep_last=0", "evaluate.every=1")
+    settings = (*options, *asked(data))
+    out = tmp_path / "run"
+    score = lambda config, folder: {"colour": 0.5}  # noqa: E731
+    last = train("llava-tiny/finetune", data, out, *settings, on_evaluate=score)
+    before = runs.learned(out)
+    back = str(last.with_name("step_2"))
+    train("llava-tiny/finetune", data, out, *settings, on_evaluate=score, resume=back)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        lines = (out / name).read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert runs.learned(out) == before
+    aside = sorted(path.name for path in (out / "checkpoints").glob("*.replaced"))
+    assert aside == ["step_3.replaced", "step_4.replaced"]
+
+
+def test_the_run_folder_is_locked_while_it_trains(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    found = []
+
+    def look(config: TrainConfig, folder: Path) -> dict[str, float]:
+        with (out / ".lock").open("w") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found.append(folder)
+        return {}
+
+    settings = ("steps=1", "evaluate.every=1", *asked(data))
+    train("llava-tiny/finetune", data, out, *settings, on_evaluate=look)
+    assert len(found) == 1
+    with (out / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_printed_lines_follow_log_every(data: Path, tmp_path: Path) -> None:
     said: list[str] = []
     loop.train(plan("llava-tiny/finetune", data, tmp_path / "run", "log.every=2"), say=said.append)
@@ -491,6 +599,35 @@ def test_resume_does_not_draw_a_fresh_part_again(data: Path, tmp_path: Path) -> 
     assert runs.learned(tmp_path / "run") == whole and runs.digests(last) == kept
     after_first, after_second = (weights(last.with_name(f"step_{n}"), plan("llava-tiny", data, tmp_path / "run")[0]) for n in (4, 8))
     assert not torch.equal(after_first["projector.0.weight"], after_second["projector.0.weight"])
+
+
+def test_dropout_goes_on_as_if_nothing_had_stopped_it(data: Path, tmp_path: Path) -> None:
+    """It is drawn from the run's seed and, behind a resume, from the state that was saved."""
+    rate = ("model.decoder.hidden_dropout=0.3", "trainable=[*]", "steps=4")
+    chain = (*rate, "checkpoint.every=2", "checkpoint.keep_last=0")
+    last = train("llava-tiny/finetune", data, tmp_path / "run", *chain)
+    whole = runs.learned(tmp_path / "run")
+    kept = runs.digests(last)
+    torch.rand(7)  # others draw in this process too
+    train("llava-tiny/finetune", data, tmp_path / "twin", *chain)
+    assert runs.learned(tmp_path / "twin") == whole
+    last.rename(last.with_name("away"))
+    train("llava-tiny/finetune", data, tmp_path / "run", *chain, resume="auto")
+    assert runs.learned(tmp_path / "run") == whole and runs.digests(last) == kept
+    train("llava-tiny/finetune", data, tmp_path / "other", *chain, "model.decoder.hidden_dropout=0")
+    assert runs.learned(tmp_path / "other") != whole
+
+
+def test_a_run_that_has_more_steps_than_are_asked_for_now_has_nothing_left_to_do(
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    last = train("llava-tiny/finetune", data, tmp_path / "run", "steps=3")
+    for steps in (3, 2):
+        said: list[str] = []
+        asked_for = plan("llava-tiny/finetune", data, tmp_path / "run", f"steps={steps}")
+        assert loop.train(asked_for, resume="auto", say=said.append) == last
+        assert any("Nothing left to do" in line for line in said)
 
 
 @pytest.mark.parametrize(

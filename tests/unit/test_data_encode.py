@@ -223,6 +223,19 @@ def test_no_id_spans_the_border_to_an_answer() -> None:
     assert encoded.tokens[:first].tolist() == prompt.tokens.tolist()
 
 
+def test_an_id_that_spans_the_end_of_an_answer_carries_no_loss() -> None:
+    """':' + ' Q' give the one id ': ', which is no id of the answer."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ ' Q ' + m.content + ' A' }}"
+        "{% else %}{% generation %}{{ m.content + ':' }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    encoder = Encoder(bytes_tokenizer(), template, "", LAYOUT)
+    encoded = encoder.encode(chat("x", "no", "z", "yes"))
+    learnt = [encoder.tokenizer.decode([id]) for id in encoded.labels.tolist() if id != IGNORE]
+    assert learnt == ["n", "o", "y", "e", "s", ":"]
+    assert ": " in [encoder.tokenizer.decode([id]) for id in encoded.tokens.tolist()]
+
+
 @pytest.mark.parametrize("tokenizer", [TINY, bytes_tokenizer()])
 def test_text_keeps_questions_and_answers_apart(tokenizer: JsonTokenizer) -> None:
     """The format `text` writes nothing between them, and their letters would merge."""

@@ -10,6 +10,9 @@ from neva.data.drawing import compiled
 
 GROWS = "{% set n = namespace(a='x' * 1000) %}{% for i in range(40) %}"
 LENGTH = "{% endfor %}{{ n.a|length }}"
+ALIKE = """{% set n = namespace(a=1, b=1) %}
+{% for i in range(60) %}{% set n.a = A %}{% set n.b = B %}{% endfor %}{{ n.a is eq(n.b) }}"""
+"""Two values, each of which holds the one before twice, compared."""
 HARMFUL = {
     "loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     "macro": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
@@ -18,6 +21,9 @@ HARMFUL = {
     "join": GROWS + "{% set n.a = [n.a, n.a]|join %}" + LENGTH,
     "product": "{% set n = namespace(a=3) %}{% for i in range(60) %}{% set n.a = n.a * n.a %}{% endfor %}",
     "lists": "{% set n = namespace(a=[]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
+    "equal lists": ALIKE.replace("A", "[n.a, n.a]").replace("B", "[n.b, n.b]"),
+    "equal tuples": ALIKE.replace("A", "(n.a, n.a)").replace("B", "(n.b, n.b)"),
+    "equal mappings": ALIKE.replace("A", "{1: n.a, 2: n.a}").replace("B", "{1: n.b, 2: n.b}"),
     "sum": "{{ ([['x' * 1000000] * 1000] * 1000)|sum(start=[])|length }}",
     "center": "{{ 'x'|center(5000000000)|length }}",
     "ljust": "{{ 'x'.ljust(5000000000)|length }}",
@@ -50,6 +56,15 @@ def test_it_is_refused_before_it_takes_long(name: str, little_memory: None) -> N
     with pytest.raises(ValueError, match="too|beyond|undefined"):
         compiled(HARMFUL[name])([{"role": "user", "content": "What?"}], True, "")
     assert time.monotonic() - started < 10
+
+
+def test_one_that_took_too_long_leaves_the_next_its_time() -> None:
+    """What is constant in a template is computed when it is read."""
+    test = "{% for i in range(100000) %}{% for j in range(100000) %} {% endfor %}{% endfor %}"
+    with pytest.raises(ValueError, match="too"):
+        compiled(test)([{"role": "user", "content": "What?"}], True, "")
+    constant = "{{ ['a', 'b'] | join(', ') | upper }}"
+    assert compiled(constant)([], True, "") == "A, B"
 
 
 def test_long_conversations_are_drawn() -> None:

@@ -13,6 +13,8 @@ from tokenizers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from neva.batch import IGNORE, IMAGE, ImageLayout
+from neva.data import forms
+from neva.data.drawing import compiled
 from neva.data.encode import Encoder
 from neva.data.forms import Form, find_form
 from neva.data.sample import Sample, SampleError, Turn
@@ -201,11 +203,96 @@ def variant(question: str = "{{ m.content }}", answer: str = "{{ m.content + eos
         (variant().replace("{% generation %}", "").replace("{% endgeneration %}", "").replace("{{ '<' + m.role", "{{ loop.length ~ '<' + m.role"),
          "otherwise once it is answered"),
         ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "order|otherwise"),
+        (variant("{% generation %}###{% endgeneration %}{{ m.content }}"), "marks more than"),
+        (variant(answer="{{ 'So: ' + m.content + eos_token }}").replace("ant>'", "ant>So: '"),
+         "marks more than"),
+        (variant(answer="{{ m.content | replace(eos_token, '') }}"), "loses the end of an answer"),
     ],
 )  # fmt: skip
 def test_what_is_lost_is_named(jinja: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         find_form(jinja, (), False)
+
+
+def test_an_end_that_not_every_answer_has_is_no_end() -> None:
+    """One behind the mark, where it is a special token: all must have it, and it is read whole."""
+    jinja = PUBLISHED["marked chatml"]
+    assert find_form(jinja, ("<|im", "<|im_end|>"), False) == Form(tail="<|im_end|>")
+    last = "'' if loop.last and m.role == 'assistant' else "
+    some = jinja.replace("'<|im_end|>\n'", last + "'<|im_end|>\n'")
+    assert some != jinja
+    with pytest.raises(ValueError, match="ends some answers and not others"):
+        find_form(some, ("<|im_end|>",), False)
+
+
+def test_an_end_that_a_system_message_takes_away() -> None:
+    ended = "{{ m.content }}{% if messages[0].role != 'system' %}{{ eos_token }}{% endif %}"
+    form = find_form(variant(answer=ended), (), False)
+    assert "loses the end of an answer" in form.no_system
+
+
+def test_a_mark_that_holds_the_space_of_the_prompt() -> None:
+    """The label begins where the prompt ends."""
+    jinja = variant(answer="{{ ' ' + m.content + eos_token }}").replace("ant>'", "ant> '")
+    template = Template(jinja=jinja)
+    assert template.form == Form(lead=1)
+    assert labels(template, talk()) == "A{e}|B{e}"
+    assert spelled(template, talk()).startswith(spelled(template, talk()[:1], answer=False) + "A")
+
+
+def test_what_stands_behind_each_message_is_no_generation_prompt() -> None:
+    jinja = "{% for m in messages %}{{ m.content + '###' }}{% endfor %}"
+    assert labels(Template(jinja=jinja), talk()) == "A###|B###"
+
+
+def test_a_form_in_which_answers_change_their_text_is_passed_over() -> None:
+    """This template marks the last of the lists, so that the conversation's beginning is not what
+    was written before; of texts it does not."""
+    lists = "{% for p in m.content %}{{ p.text }}{% endfor %}{{ '!' if loop.last }}"
+    said = "{% if m.content is string %}{{ m.content }}{% else %}" + lists + "{% endif %}"
+    jinja = "{% for m in messages %}{{ '[' + m.role + ']' }}" + said + "{{ eos_token }}{% endfor %}"
+    jinja += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    assert find_form(jinja, (), False) == Form()
+
+
+LONG = (
+    ("{{ '[long]' if messages|length > 4 }}", ""),
+    ("{{ '[long]' if messages|length > 5 }}", ""),
+    ("", "{{ '!' if loop.index0 == 4 and messages|length > 5 }}"),
+    ("", "{{ '!' if loop.index0 == 0 and messages|length == 6 }}"),
+)
+
+
+@pytest.mark.parametrize(("front", "behind"), LONG)
+def test_a_long_conversation_that_is_written_otherwise(front: str, behind: str) -> None:
+    """The probes have two rounds; the third changes what was written before it."""
+    said = "{{ '[' + m.role + ']' + m.content }}" + behind + "{{ eos_token }}"
+    jinja = front + "{% for m in messages %}" + said + "{% endfor %}"
+    template = Template(jinja=jinja + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    check(template, images=True)
+    turns = (*talk(), *talk()[:2])
+    assert labels(template, talk()) == "A{e}|B{e}"
+    with pytest.raises(ValueError, match="otherwise once it is answered"):
+        render(template, turns)
+    if "4" in front:
+        with pytest.raises(ValueError, match="otherwise once it is answered"):
+            render(template, turns[:5], answer=False)
+
+
+def test_a_template_that_never_ends_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counting(jinja: str) -> Any:
+        def draw(*given: Any) -> str:
+            asked.append(given)
+            return compiled(jinja)(*given)
+
+        return draw
+
+    monkeypatch.setattr(forms, "compiled", counting)
+    with pytest.raises(ValueError, match="too long"):
+        find_form("{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2, (), False)
+    assert len(asked) == 1
 
 
 IMAGE_PARTS = "{% for p in m.content %}{% if p.type == 'image' %}PICTURE{% else %}{{ p.text }}{% endif %}{% endfor %}"
@@ -229,6 +316,41 @@ def test_images_are_counted(picture: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         render(template, talk(images=(1, 0)))
     assert labels(template, talk()) == "A{e}|B{e}"
+
+
+def test_images_behind_their_text_are_in_another_order() -> None:
+    parts = IMAGE_PARTS.replace("m.content", "m.content | reverse").replace("PICTURE", "<image>")
+    template = Template(jinja=variant(parts))
+    check(template)
+    with pytest.raises(ValueError, match="changes the order of messages and images"):
+        check(template, images=True)
+
+
+USER_ALONE = variant(IMAGE_PARTS.replace("PICTURE", "<image>{{ '\\n' }}")).replace(
+    "{% else %}{% for p",
+    "{% elif m.role == 'system' %}{{ m.content }}{% else %}{% for p",
+)
+"""It takes a list from the user alone, and loses a system message that is one."""
+TEXT_OR = "{% if m.content is string %}{{ m.content }}{% else %}"
+USER_TOO = USER_ALONE.replace("{% for p", TEXT_OR + "{% for p", 1).replace(
+    "{% endfor %}{% endif %}{% endfor %}",
+    "{% endfor %}{% endif %}{% endif %}{% endfor %}",
+)
+"""It takes a text from the user too."""
+
+
+def test_the_form_that_loses_least_is_taken() -> None:
+    assert find_form(USER_ALONE, (), False) == Form(lists=("user",))
+    # One that takes texts too is given those: in them images may stand among the words.
+    # Lists for all, which transformers' processor hands over, it does not take.
+    assert USER_TOO != USER_ALONE and find_form(USER_TOO, (), False) == Form(either=False)
+
+
+def test_a_template_that_writes_texts_and_lists_otherwise_is_given_lists() -> None:
+    """They are what transformers' processor hands to it."""
+    otherwise = PUBLISHED["either"].replace("<image>\n", "<image> | ")
+    assert otherwise != PUBLISHED["either"]
+    assert find_form(otherwise, (), False) == Form(lists=ALL)
 
 
 def test_a_sample_whose_images_are_written_otherwise_is_named() -> None:
@@ -266,6 +388,22 @@ def test_images_among_words() -> None:
     # writes texts too, images where they stand
     texts = Encoder(TINY, PUBLISHED["either"], None, LAYOUT)
     assert texts.encode(Sample(source="s", id="0", turns=turns, images=(PICTURE, PICTURE))).tokens.tolist().count(IMAGE) == 6
+
+
+@pytest.mark.parametrize("name", ["llava-1.5", "either", "llava-v1.6-34b"])
+def test_a_text_cannot_forge_what_is_no_text(name: str) -> None:
+    """Images, ends and bounds of labels are characters for private use while a template runs."""
+    forged = "\ue000b\ue001c\ue002d\ue003e\ue004f\ue005g"
+    turns = (
+        Turn(role="system", text="S" + forged),
+        Turn(role="user", text="<image>\nQ" + forged),
+        Turn(role="assistant", text="A" + forged),
+        Turn(role="user", text="R" + forged),
+        Turn(role="assistant", text="B" + forged),
+    )
+    plain = tuple(replace(turn, text=turn.text.replace(forged, "bcdefg")) for turn in turns)
+    template = Template(jinja=PUBLISHED[name], specials=SPECIALS)
+    assert render(template, turns) == render(template, plain)
 
 
 def test_an_image_that_is_only_spelled_is_text() -> None:
@@ -357,6 +495,7 @@ HOSTILE = {
     "insides": ("{{ ''.__class__.__mro__ }}", "unsafe|undefined|refuses|loses"),
     "namespace": ("{% set n = namespace(_x=1) %}", "begins with _"),
     "many": ("{% set a, b = 1 %}", "refuses"),
+    "change": ("{{ messages.append(messages[0]) }}", "unsafe"),
 }
 
 

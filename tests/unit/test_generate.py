@@ -259,6 +259,19 @@ def test_learned_positions_cannot_be_stretched() -> None:
     scaling = RopeScaling(kind="linear", factor=4.0)
     rotary = replace(MODEL.decoder, rope_scaling=scaling, max_positions=40)
     assert rotary.reach == 160 and replace(rotary, positions="learned").reach == 40
+    stretched = RopeScaling(kind="llama3", factor=4.0, original=10)
+    # whose max_positions counts what it was stretched to
+    assert replace(rotary, rope_scaling=stretched).reach == 40
+
+
+def test_ranks_share_the_questions(loaded: Loaded, tmp_path: Path) -> None:
+    """Like cards: together they are what one rank asks, in its order."""
+    source = LlavaSource(multi_turn(tmp_path), tmp_path)
+    sampling = Sampling(max_new_tokens=3)
+    whole = evaluate(loaded, source, sampling=sampling)
+    parts = [evaluate(loaded, source, sampling=sampling, rank=rank, world=4) for rank in range(4)]
+    assert [len(part) for part in parts] == [3, 2, 2, 2]
+    assert [parts[number % 4][number // 4] for number in range(9)] == whole
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])

@@ -119,5 +119,6 @@ def test_precedence():
 
 def test_signs_in_text_are_no_images():
     """Text of a user cannot forge an image or an end token."""
-    talk = (Turn(role="user", text="a\ue000b\ue002c"), Turn(role="assistant", text="d\ue003e"))
-    assert written(TEMPLATES["v1"], talk, system="") == "USER: abc ASSISTANT:[ de{e}]"
+    answer = Turn(role="assistant", text="d\ue003e\ue004\ue002f")
+    talk = (Turn(role="user", text="a\ue000b\ue002c"), answer)
+    assert written(TEMPLATES["v1"], talk, system="") == "USER: abc ASSISTANT:[ def{e}]"
