@@ -13,6 +13,11 @@ LENGTH = "{% endfor %}{{ n.a|length }}"
 ALIKE = """{% set n = namespace(a=1, b=1) %}
 {% for i in range(60) %}{% set n.a = A %}{% set n.b = B %}{% endfor %}{{ n.a is eq(n.b) }}"""
 """Two values, each of which holds the one before twice, compared."""
+LARGE = (
+    "{% set n = namespace(a='x' * 999999 + 'y', b='x' * 999999 + 'y', c='') %}"
+    "{% for i in range(99999) %}{% for j in range(9) %}SMALL{% endfor %}{% endfor %}"
+)
+"""A large text, gone through again and again."""
 HARMFUL = {
     "loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     "macro": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
@@ -24,6 +29,8 @@ HARMFUL = {
     "equal lists": ALIKE.replace("A", "[n.a, n.a]").replace("B", "[n.b, n.b]"),
     "equal tuples": ALIKE.replace("A", "(n.a, n.a)").replace("B", "(n.b, n.b)"),
     "equal mappings": ALIKE.replace("A", "{1: n.a, 2: n.a}").replace("B", "{1: n.b, 2: n.b}"),
+    "comparisons": LARGE.replace("SMALL", "{% if n.a != n.b %}{% endif %}"),
+    "parts": LARGE.replace("SMALL", "{% set n.c = n.a[1:] %}"),
     "sum": "{{ ([['x' * 1000000] * 1000] * 1000)|sum(start=[])|length }}",
     "center": "{{ 'x'|center(5000000000)|length }}",
     "ljust": "{{ 'x'.ljust(5000000000)|length }}",
@@ -52,19 +59,10 @@ def little_memory() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", HARMFUL)
 def test_it_is_refused_before_it_takes_long(name: str, little_memory: None) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ValueError, match="too|beyond|undefined"):
         compiled(HARMFUL[name])([{"role": "user", "content": "What?"}], True, "")
-    assert time.monotonic() - started < 10
-
-
-def test_one_that_took_too_long_leaves_the_next_its_time() -> None:
-    """What is constant in a template is computed when it is read."""
-    test = "{% for i in range(100000) %}{% for j in range(100000) %} {% endfor %}{% endfor %}"
-    with pytest.raises(ValueError, match="too"):
-        compiled(test)([{"role": "user", "content": "What?"}], True, "")
-    constant = "{{ ['a', 'b'] | join(', ') | upper }}"
-    assert compiled(constant)([], True, "") == "A, B"
+    assert time.process_time() - started < 10
 
 
 def test_long_conversations_are_drawn() -> None:
