@@ -9,7 +9,10 @@ import transformers as tf
 
 from neva import api
 from neva.checkpoint.manifest import CheckpointError
+from neva.models.decoder import DecoderConfig
+from neva.models.vlm import VLM, VLMConfig
 from tests.families import build, llama, on_disk
+from tests.nemo import write_distributed
 from tests.oracle.test_convert import SIZE, add_text, same_bits
 
 SECRET = json.dumps({"password": "hunter2"})
@@ -118,3 +121,18 @@ def test_folders_that_are_named_as_a_caches_make_none(plain: Path, tmp_path: Pat
     (folder / "tokenizer_config.json").symlink_to(secret)
     with pytest.raises(CheckpointError, match="leads out of its folder"):
         taken(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["model_config.yaml", "tokenizer.model"])
+def test_a_link_out_of_a_nemo_folder_is_not_followed(name: str, tmp_path: Path) -> None:
+    small = DecoderConfig(vocab=512, width=16, layers=1, heads=2, kv_heads=2, ffn=24)
+    model = VLM(VLMConfig(decoder=small, vision=None, projector="none"))
+    tensors = dict(model.named_parameters())
+    folder = write_distributed(tmp_path / "nemo", tensors, small, "torch_dist")
+    shutil.copy(Path(__file__).parents[1] / "data" / "tiny.model", folder / "tokenizer.model")
+    taken(folder, tmp_path / "sound")
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=rf"{name} is a link that leads out of its folder"):
+        taken(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

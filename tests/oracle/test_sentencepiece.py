@@ -241,10 +241,11 @@ def test_prompts_are_tokenised_as_by_llava(name, template, legacy, tmp_path):
         assert collapsed(encoded.tokens.tolist(), encoded.labels.tolist())[0] == wanted, row["id"]
 
 
-def test_a_start_token_that_a_named_format_writes_is_no_gap(tmp_path):
+@pytest.mark.parametrize("name", ["mistral", "tiny"])
+def test_a_start_token_that_a_named_format_writes_is_no_gap(name, tmp_path):
     """LLaVA's llama_2 cuts the first `<s>` off its prompt: what follows is
     the beginning of a text."""
-    model = MODELS["mistral"]
+    model = MODELS[name]
     tokenizer = load_tokenizer(folder_of(tmp_path / "t", model, legacy=False))
     slow = Slow(model, legacy=False)
     turns = (
@@ -255,7 +256,8 @@ def test_a_start_token_that_a_named_format_writes_is_no_gap(tmp_path):
     encoder = Encoder(tokenizer, "llama_2", "", LAYOUT)
     sample = Sample(source="t", id="0", turns=turns, images=())
     prompt = "[" + "INST] Hi [" + "/INST] Yes. </s><s>[" + "INST] No? [" + "/INST]"
-    slow.special += ["[INST]", "[/INST]"]
+    if name == "mistral":
+        slow.special += ["[INST]", "[/INST]"]
     assert encoder.encode(sample, labels=False).tokens.tolist() == [1, *slow.ids(prompt)]
 
 

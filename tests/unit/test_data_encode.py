@@ -236,6 +236,26 @@ def test_an_id_that_spans_the_end_of_an_answer_carries_no_loss() -> None:
     assert ": " in [encoder.tokenizer.decode([id]) for id in encoded.tokens.tolist()]
 
 
+def test_an_answer_of_which_no_id_is_left_is_named() -> None:
+    """Its one letter, the end, belongs to an id of what follows."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ ' Q ' + m.content + ' A' }}"
+        "{% else %}{% generation %}{{ m.content + ':' }}{% endgeneration %}{{ ' ' }}{% endif %}"
+        "{% endfor %}"
+    )
+    encoder = Encoder(bytes_tokenizer(), template, "", LAYOUT)
+    encoder.encode(chat("x", "no"))
+    with pytest.raises(SampleError, match="no token carries loss"):
+        encoder.encode(chat("x", ""))
+
+
+def test_an_image_for_a_model_that_does_not_see_is_named() -> None:
+    encoder = Encoder(TINY, "v1", None, replace(LAYOUT, images=False))
+    encoder.encode(chat("what", "red"))
+    with pytest.raises(SampleError, match="the model has no vision encoder"):
+        encoder.encode(chat("<image> what", "red", images=1))
+
+
 @pytest.mark.parametrize("tokenizer", [TINY, bytes_tokenizer()])
 def test_text_keeps_questions_and_answers_apart(tokenizer: JsonTokenizer) -> None:
     """The format `text` writes nothing between them, and their letters would merge."""

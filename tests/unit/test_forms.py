@@ -207,6 +207,8 @@ def variant(question: str = "{{ m.content }}", answer: str = "{{ m.content + eos
         (variant(answer="{{ 'So: ' + m.content + eos_token }}").replace("ant>'", "ant>So: '"),
          "marks more than"),
         (variant(answer="{{ m.content | replace(eos_token, '') }}"), "loses the end of an answer"),
+        (variant() + "{% if not add_generation_prompt %}{% generation %}###"
+         "{% endgeneration %}{% endif %}", "marks more than"),
     ],
 )  # fmt: skip
 def test_what_is_lost_is_named(jinja: str, said: str) -> None:
@@ -246,9 +248,10 @@ def test_what_stands_behind_each_message_is_no_generation_prompt() -> None:
 
 
 def test_a_form_in_which_answers_change_their_text_is_passed_over() -> None:
-    """This template marks the last of the lists, so that the conversation's beginning is not what
-    was written before; of texts it does not."""
-    lists = "{% for p in m.content %}{{ p.text }}{% endfor %}{{ '!' if loop.last }}"
+    """This template marks the last answer that is a list, so that the conversation's beginning is
+    not what was written before; of texts it does not."""
+    lists = "{% for p in m.content %}{{ p.text }}{% endfor %}"
+    lists += "{{ '!' if loop.last and m.role == 'assistant' }}"
     said = "{% if m.content is string %}{{ m.content }}{% else %}" + lists + "{% endif %}"
     jinja = "{% for m in messages %}{{ '[' + m.role + ']' }}" + said + "{{ eos_token }}{% endfor %}"
     jinja += "{% if add_generation_prompt %}[assistant]{% endif %}"
