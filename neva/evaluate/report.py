@@ -96,7 +96,8 @@ def score_plots(lines: Sequence[dict]) -> list[Plot]:
 
 
 def _scores(line: Mapping[str, object]) -> dict[str, float]:
-    return {kind: value for kind, value in line.items() if kind not in ("stage", "step") and isinstance(value, float | int)}
+    others = ("stage", "step", "not_asked")
+    return {kind: value for kind, value in line.items() if kind not in others and isinstance(value, float | int)}
 
 
 def of_run(run: Path) -> dict:

@@ -23,7 +23,7 @@ from neva.job import InitConfig, TrainConfig
 from neva.parallel import machine
 from neva.parallel import mesh as ranks
 from neva.training.epochs import with_steps
-from neva.training.metrics import Reporter, StepReport, cut_back
+from neva.training.metrics import Reporter, StepReport, cut_back, steps_of
 from neva.training.stage import Stage, check, prepare, save, train_step
 
 Say = Callable[[str], None]
@@ -196,6 +196,7 @@ def _run(stages: tuple[TrainConfig, ...], *, found: Path | None, on_evaluate: Ev
         try:
             if number == begin and found is not None:
                 _open_run(stages, found, run)  # only now, as a run that cannot go on is left as it was
+                _evaluate_missed(stages, found, on_evaluate=on_evaluate, run=run)
             if own is not None:
                 run.say(f"Resumed stage {config.name} at step {stage.number} from {own}")
             last = _train_stage(stage, sum(s.steps for s in stages), on_evaluate=on_evaluate, run=run)
@@ -203,8 +204,47 @@ def _run(stages: tuple[TrainConfig, ...], *, found: Path | None, on_evaluate: Ev
             stage.loader.close()
     assert last is not None
     if begin == len(stages):
+        if on_evaluate is not None and _missed(stages, last) is not None:
+            _open_run(stages, last, run)
+            _evaluate_missed(stages, last, on_evaluate=on_evaluate, run=run)
         run.say(f"Nothing left to do: {last} is the last step.")
     return last
+
+
+def _missed(stages: tuple[TrainConfig, ...], found: Path) -> TrainConfig | None:
+    """The stage of a checkpoint of this run whose evaluation was due and was stopped before its
+    line was written; None if there is none."""
+    out, saved = Path(stages[0].out), store.load_config(found)
+    if found.resolve().parent != (out / "checkpoints").resolve():
+        return None
+    number = [stage.name for stage in stages].index(saved["train"]["name"])
+    config = stages[number]
+    step = saved["step"] - sum(stage.steps for stage in stages[:number])
+    if not config.evaluate.every or not step or step % config.evaluate.every:
+        return None
+    recorded = ranks.share(saved["step"] in steps_of(out / "evaluations.jsonl"))[0]
+    return None if recorded else config
+
+
+def _evaluate_missed(
+    stages: tuple[TrainConfig, ...],
+    found: Path,
+    *,
+    on_evaluate: Evaluate | None,
+    run: _Run,
+) -> None:
+    """Do the evaluation of a checkpoint that was due and is missing."""
+    config = _missed(stages, found)
+    if config is None or on_evaluate is None:
+        return
+    scores = on_evaluate(config, found)
+    if ranks.rank() == 0:
+        step, out = store.load_config(found)["step"], Path(config.out)
+        reporter = Reporter(out=out, config=config, last_step=step, say=run.say, step=step)
+        try:
+            reporter.evaluation(step, scores)
+        finally:
+            reporter.close()
 
 
 def _train_stage(stage: Stage, last_step: int, *, on_evaluate: Evaluate | None, run: _Run) -> Path:

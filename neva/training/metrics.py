@@ -131,6 +131,16 @@ def cut_back(path: Path, step: int) -> None:
     part.replace(path)
 
 
+def steps_of(path: Path) -> set[int]:
+    """The steps of a file of lines, of which a torn one has none."""
+    found: set[int] = set()
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                found.add(json.loads(line)["step"])
+    return found
+
+
 @dataclass(kw_only=True, eq=False)
 class Reporter:
     """Writes step reports. `close` it."""

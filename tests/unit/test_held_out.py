@@ -55,6 +55,31 @@ def test_a_cut_image_ends_no_training_and_no_resumed_one(tmp_path: Path) -> None
     assert score["accuracy"]["data"] == evaluations(out)[-1]["data"] and score["n"] == 2
 
 
+@pytest.mark.parametrize("lost", ["within a stage", "at its end", "at the end of all"])
+def test_an_evaluation_that_a_kill_cut_off_is_done_when_the_run_goes_on(
+    tmp_path: Path,
+    lost: str,
+) -> None:
+    """The process dies after the checkpoint and before the line, as it would in an evaluation."""
+    out = tmp_path / "run"
+    steps = ("pretrain:steps=2", "finetune:steps=2", "checkpoint.keep_last=0")
+    asked = ["llava-tiny", *of_case(out, "eval-crash", *steps)]
+    whole = train(*asked)
+    assert whole.exit_code == 0, whole.output
+    lines = (out / "evaluations.jsonl").read_text().splitlines(keepends=True)
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    step = {"within a stage": 3, "at its end": 2, "at the end of all": 4}[lost]
+    for later in range(step + 1, 5):
+        shutil.rmtree(out / "checkpoints" / f"step_{later}")
+    (out / "evaluations.jsonl").write_text("".join(lines[: step - 1]) + lines[step - 1][:9])
+    resumed = train(*asked, "--resume", "auto")
+    assert resumed.exit_code == 0, resumed.output
+    assert (out / "evaluations.jsonl").read_text().splitlines(keepends=True) == lines
+    before = (out / "evaluations.jsonl").read_bytes()
+    assert train(*asked, "--resume", "auto").exit_code == 0
+    assert (out / "evaluations.jsonl").read_bytes() == before
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "long": (runs.row("bad", "word " * 3000, "x"), "positions end at 2048"),
     "missing image": (runs.row("bad", "<image>?", "x", image="none.png"), "none.png is missing"),

@@ -49,6 +49,23 @@ def test_d() -> None:
     assert not (encoded.labels[: start + len(body)] >= 0).any()
 
 
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("kind", "dxh")
+def test_a_prompt_spells_its_tags_and_features(kind: str, joined: bool) -> None:
+    """As far as they stand in the sequence. Read again, text by text, it is the prompt's ids."""
+    layout = replace({"d": D, "x": X, "h": H}[kind], tag_tokens="joined" if joined else "apart")
+    named = {"d": "<tile_{}><image>", "x": "<tile_{}>", "h": ""}[kind]
+    whole = "<tile_global_thumbnail>" + ("" if kind == "x" else "<image>")
+    tiles = "".join(named.format(n) for n in (1, 2)) + whole
+    encoder = Encoder(TEXT, "text", None, layout)
+    prompt = encoder.prompt(sample(3))
+    assert prompt.text == f"<s><Image>{tiles}</Image>\na  b c?" and prompt.sizes == (SIZES[3],)
+    encoded = encoder.encode(sample(3), labels=False)
+    assert list(prompt.tokens) == encoded.tokens.tolist()
+    spelled = [id for id in prompt.tokens if id >= 0]
+    assert prompt.text.removeprefix("<s>").replace("<image>", "") == TEXT.decode(spelled)
+
+
 def test_one_tile_carries_the_thumbnails_tag() -> None:
     for layout in (D, X, H):
         text = TEXT.decode(encode(layout, 1).tokens.tolist())
