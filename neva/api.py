@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import neva
 from neva import config as tree
@@ -23,6 +23,7 @@ from neva.checkpoint.convert import import_model, lacks_encoder
 from neva.checkpoint.export import export
 from neva.checkpoint.foreign import is_foreign
 from neva.checkpoint.hf import Options
+from neva.checkpoint.hub import download
 from neva.checkpoint.inspect import inspect as describe
 from neva.checkpoint.nemo import is_nemo, unpack_texts
 from neva.checkpoint.target import ExportOptions
@@ -140,13 +141,22 @@ def import_checkpoint(
     place = _place(folders, options, parity=parity)
     if (place / "manifest.json").exists():
         return place
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name(place.name + ".lock").open("w") as lock:
+    with _lock_file(place) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of the ranks of a run one imports, the others wait
         if not (place / "manifest.json").exists():
             say(f"Importing {', '.join(map(str, folders))} into {place}")
             import_model(folders, place, options, check=parity, say=say)
     return place
+
+
+def _lock_file(place: Path) -> TextIO:
+    """The file whose lock an import to this place of the cache holds."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place.with_name(place.name + ".lock").open("w")
+    except OSError as error:
+        fix = "set NEVA_CACHE to a folder that can be, or name one with --out"
+        raise ValueError(f"the cache {place.parent} cannot be written to ({error.strerror}): {fix}") from None
 
 
 def _place(folders: Sequence[Path], options: Options, *, parity: bool) -> Path:
@@ -169,20 +179,10 @@ def cache() -> Path:
 
 
 def fetch(source: str) -> Path:
-    """A local folder as it is; `hf:org/name` from the Hugging Face cache, or downloaded into it."""
+    """A local folder as it is; `hf:org/name[@revision]` from the Hugging Face cache, or downloaded into it."""
     if not source.startswith("hf:"):
         return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    name = source.removeprefix("hf:")
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.bpe"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{source} could not be fetched ({reason}): check the name and the network, or give a local folder") from None
+    return download(source.removeprefix("hf:"))
 
 
 def inspect(path: str | Path) -> dict:

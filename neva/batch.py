@@ -46,7 +46,7 @@ class ImageLayout:
     tokens_per_tile: int
     """Features that the projector gives for a tile."""
     aspect: Aspect = "pad"
-    """`square` squashes, `pad` pads to a square with `pad_colour`, `crop` resizes the short side and cuts the centre: one tile each.
+    """`square` squashes, `pad` pads to a square with `pad_colour`, `crop` resizes the short side and cuts out the centre: one tile each.
     `tiles` cuts the image into the grid of tiles that is nearest to its shape (InternVL, NVLM), `anyres` into one of `pinpoints` (LLaVA-NeXT)."""
     min_tiles: int = 1
     max_tiles: int = 1
@@ -79,6 +79,8 @@ class ImageLayout:
     """RGB of the padding; LLaVA-1.5 uses int(255 * CLIP mean)."""
     resample: Resample = "bicubic"
     """Pillow's resampling filter."""
+    crop_share: float = 1.0
+    """Share of the short side that `crop` keeps."""
     resize: Literal["exact", "fast"] = "exact"
     """Pillow's own resize, or torch's, which is several times as fast and
     within 2 levels of 255 of it.

@@ -15,7 +15,7 @@ from neva.job import TrainConfig
 from neva.models import activations, cost
 from neva.models.vlm import VLM, VLMConfig, part_of
 from neva.parallel.machine import Machine
-from neva.parallel.wrap import freeze
+from neva.parallel.wrap import Group, freeze, sharding_groups
 
 MARGIN = 0.1
 """Share of a device's memory that libraries, gaps between tensors and buffers of communication may take."""
@@ -43,10 +43,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Group:
-    """Parameters that FSDP gathers together."""
+    """Parameters that FSDP gathers together, by their shapes."""
 
-    trained: int
-    frozen: int
+    trained: tuple[torch.Size, ...]
+    frozen: tuple[torch.Size, ...]
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,26 @@ class _Needs:
 
     def on(self, ranks: int) -> Memory:
         """What each of so many ranks then holds."""
-        trained = sum(group.trained for group in self.groups)
-        # In bf16 the frozen parameters of a group that trains stay in fp32.
-        stored = sum(group.frozen * (4 if group.trained else self.size) for group in self.groups)
-        sizes = (4 * trained + stored, 4 * trained, 8 * trained)
-        weights, gradients, moments = (math.ceil(whole / ranks) for whole in sizes)
-        gathered = _gathered(self.groups, ranks=ranks, size=self.size)
+        trained = stored = 0
+        for group in self.groups:
+            trained += _numbers(group.trained, ranks)
+            # In bf16 the frozen parameters of a group that trains stay in fp32.
+            stored += _numbers(group.frozen, ranks) * (4 if group.trained else self.size)
         return Memory(
-            weights=weights,
-            gradients=gradients,
-            optimiser=moments,
-            gathered=gathered,
+            weights=4 * trained + stored,
+            gradients=4 * trained,
+            optimiser=8 * trained,
+            gathered=_gathered(self.groups, ranks=ranks, size=self.size),
             activations=self.activations,
         )
 
 
 def memory(config: TrainConfig, *, ranks: int, precision: str, cuda: bool = True) -> Memory:
-    """What FSDP over `ranks` leaves on each: fp32 master weights, gradients and Adam's two moments of what is trained; frozen parts in bf16
-    where the stage computes in bf16, for a part that is frozen whole. ValueError for a trainable pattern that matches nothing.
+    """What FSDP over `ranks` leaves on the first of them, which holds the largest parts.
+
+    Trained parameters are fp32 master weights with gradients and Adam's two moments. A group of
+    parameters (`wrap.sharding_groups`) of which none trains is stored in bf16 where the stage
+    computes in bf16. ValueError for a trainable pattern that matches nothing.
     """
     return _needs(config, precision=precision, cuda=cuda).on(ranks)
 
@@ -93,25 +95,27 @@ def _needs(config: TrainConfig, *, precision: str, cuda: bool) -> _Needs:
         cuda=cuda,
         recompute=config.recompute == "block",
     )
-    return _Needs(tuple(_groups(model)), how.size, _activations(config, how))
+    groups = tuple(_shapes(group) for group in sharding_groups(model))
+    return _Needs(groups, how.size, _activations(config, how))
 
 
-def _groups(model: VLM) -> list[_Group]:
-    found, seen = [], set()
-    for module in (*model.decoder.blocks, model.vision, model.projector, model.head, model):
-        own = [p for p in module.parameters() if id(p) not in seen] if module is not None else []
-        seen |= {id(p) for p in own}
-        trained = sum(p.numel() for p in own if p.requires_grad)
-        found.append(_Group(trained=trained, frozen=sum(p.numel() for p in own) - trained))
-    return found
+def _shapes(group: Group) -> _Group:
+    trained = tuple(p.shape for p in group.parameters if p.requires_grad)
+    frozen = tuple(p.shape for p in group.parameters if not p.requires_grad)
+    return _Group(trained=trained, frozen=frozen)
+
+
+def _numbers(shapes: Sequence[torch.Size], ranks: int = 1) -> int:
+    """Numbers of parameters on the first rank: FSDP deals out the rows of their first dimension."""
+    return sum(math.ceil(shape[0] / ranks) * shape[1:].numel() for shape in shapes)
 
 
 def _gathered(groups: Sequence[_Group], *, ranks: int, size: int) -> int:
     """One process keeps all parameters gathered until backward has used them; several gather a group
     while the one before is in use. Of gradients there are those of a group, and their sums in fp32."""
-    wholes = sorted((group.trained + group.frozen for group in groups), reverse=True)
+    wholes = sorted((_numbers(group.trained + group.frozen) for group in groups), reverse=True)
     parameters = sum(wholes) if ranks == 1 else sum(wholes[:2])
-    gradients = max(group.trained for group in groups)
+    gradients = max(_numbers(group.trained) for group in groups)
     return size * parameters + (size + 4) * gradients
 
 

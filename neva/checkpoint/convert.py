@@ -1,13 +1,13 @@
 """`neva import`: read, plan, write, prove equal, publish."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from neva.checkpoint import gate, index, parity, stream
 from neva.checkpoint import hf as folders
 from neva.checkpoint.chat import chat_format
-from neva.checkpoint.foreign import is_foreign
+from neva.checkpoint.foreign import is_foreign, is_projector
 from neva.checkpoint.hf import Options, Plan, Source
 from neva.checkpoint.manifest import CheckpointError
 from neva.checkpoint.nemo import is_nemo, is_neva, read_nemo
@@ -15,12 +15,15 @@ from neva.checkpoint.pixels import compare_images
 from neva.checkpoint.prompts import compare_texts
 from neva.checkpoint.shards import lfs_pointer, read_json
 from neva.data.encode import check_tags
+from neva.data.sample import MARKER
 from neva.data.templates import OWN, find_template
 from neva.data.tokenizer import FILES, Tokenizer, load_tokenizer
 
 MOST_BEYOND = 64
 """Most tokens that a tokenizer may have beyond the embedding, if all of them were added to it later
 (CodeLlama-34b, Llama-2 with `<pad>`)."""
+USUAL_IMAGE = 32000
+"""The image token of a LLaVA whose config.json names none."""
 NEMO = ("nemo", "nemo-neva")
 """Formats that transformers does not read."""
 MOST_PADDING = 2048
@@ -33,14 +36,15 @@ def import_model(sources: Sequence[Path], out: Path, options: Options, *, check:
     ValueError, and nothing half-written left, for sources that cannot be imported or that our model does not compute equally;
     `check=False` leaves out the latter. An import that is killed goes on when it is started again.
     """
-    temporary = stream.staging(out)
-    scratch = stream.staging(out, ".unpacked")
-    if check:
-        gate.need_transformers()
-    if any(is_nemo(source) and source.is_file() for source in map(Path, sources)):
-        stream.begin(scratch, "unpacked archives")
-    with stream.removed_if_refused(scratch):
-        read = [_open(Path(source), scratch / str(number)) for number, source in enumerate(sources)]
+    with stream.Staging(out, ".unpacked") as scratch, stream.Staging(out) as staging, _by_archive(scratch.folder, sources) as named:
+        tell = say
+        say = lambda text: tell(named(text))  # noqa: E731
+        archives = [source for source in sources if is_nemo(source) and source.is_file()]
+        if archives or scratch.folder.exists():  # left by an import that was killed
+            scratch.begin("unpacked archives")
+        for archive in archives:
+            say(f"Unpacking {archive}")
+        read = [_open(source, scratch.folder / str(number)) for number, source in enumerate(sources)]
         chosen = folders.plan(read, options)
         for warning in chosen.warnings:
             say(f"warning: {warning}")
@@ -49,25 +53,50 @@ def import_model(sources: Sequence[Path], out: Path, options: Options, *, check:
         for name in chosen.new:
             say(f"new, drawn from seed {options.seed}: {name} {list(chosen.tensors[name].shape)}")
         described = folders.describe(chosen, options, template)
-        with stream.removed_if_refused(temporary):
-            write = tokenizer.save if tokenizer else None
-            folders.write(chosen, temporary, described=described, write_tokenizer=write, tick=lambda size: None)
-            described["source"]["parity"] = _compare(chosen, temporary / "weights", out, say) if check else None
-            for line in compare_images(chosen.sources) if check else []:
+        for part, source in zip(described["source"]["parts"], sources, strict=True):
+            part["path"] = str(source)
+        write = tokenizer.save if tokenizer else None
+        folders.write(chosen, staging, described=described, write_tokenizer=write, say=say)
+        described["source"]["parity"] = None
+        if check:
+            weights = staging.folder / "weights"
+            described["source"]["parity"] = _compare(chosen, weights, out, say)
+            for line in compare_images(chosen.sources):
                 say(line)
-            if check and tokenizer is not None and (source := _text_source(chosen)).format not in NEMO:
+            if tokenizer is not None and (source := _text_source(chosen)).format not in NEMO:
                 say(compare_texts(source.folder, tokenizer))
-    if not check:
-        say("NOT COMPARED with transformers (--no-parity): nothing shows that this checkpoint computes what its source does")
-    folders.write_config(temporary, described)
-    published = folders.publish(temporary, out)
-    stream.remove(scratch)
-    return published
+        else:
+            say("NOT COMPARED with transformers (--no-parity): nothing shows that this checkpoint computes what its source does")
+        folders.write_config(staging.folder, described)
+        published = folders.publish(staging)
+        scratch.remove()
+        return published
+
+
+@contextmanager
+def _by_archive(scratch: Path, sources: Sequence[Path]) -> Iterator[Callable[[str], str]]:
+    """Gives a function that names the archive in a text, not the folder that it was unpacked to; so
+    do errors within."""
+
+    def named(text: str) -> str:
+        for number, source in enumerate(sources):
+            place = str(scratch / str(number))
+            text = text.replace(f"{place}/", f"{source}: ").replace(place, str(source))
+        return text
+
+    try:
+        yield named
+    except ValueError as error:
+        if (text := named(str(error))) != str(error):
+            raise CheckpointError(text) from None
+        raise
 
 
 def _compare(chosen: Plan, weights: Path, out: Path, say: Callable[[str], None]) -> dict[str, float]:
     """Part -> its difference to transformers. CheckpointError if one is too large."""
-    differences = gate.compare(chosen.sources, chosen.model, chosen.vision, partial(index.read, weights), cast=chosen.cast)
+    say("Comparing with transformers")
+    read = index.Tensors(weights).read
+    differences = gate.compare(chosen.sources, chosen.model, chosen.vision, read, cast=chosen.cast)
     say(parity.show(differences) if differences else "NOT COMPARED: transformers has no model of this format to compare with")
     parity.check(differences, str(out))
     return {d.part: d.largest for d in differences}
@@ -77,6 +106,8 @@ def lacks_encoder(path: Path) -> bool:
     """Is this a LLaVA or a NeVA to import, whose encoder is a checkpoint of its own?"""
     if is_nemo(path):
         return is_neva(path)
+    if is_projector(path):
+        return False
     return is_foreign(path) and (path / "config.json").is_file() and "mm_vision_tower" in read_json(path / "config.json")
 
 
@@ -107,7 +138,21 @@ def _tokenizer(chosen: Plan, say: Callable[[str], None]) -> Tokenizer | None:
     elif not vocab - MOST_PADDING <= tokenizer.size <= vocab:
         raise CheckpointError(f"{source.folder}: its tokenizer has {tokenizer.size} tokens, its embedding {vocab}; they are not of one model.")
     check_tags(tokenizer, chosen.model.layout)
+    if note := _about_image_token(source, tokenizer):
+        say(note)
     return tokenizer
+
+
+def _about_image_token(source: Source, tokenizer: Tokenizer) -> str:
+    """A warning where a LLaVA's config and its tokenizer mean another token by an image."""
+    if source.format not in gate.LLAVAS:
+        return ""
+    said = source.config.get("image_token_index", source.config.get("image_token_id", USUAL_IMAGE))
+    own = tokenizer.special(MARKER)
+    if own is None or said == own:
+        return ""
+    differs = f"config.json says image_token_index={said}, but {MARKER} is token {own} of its tokenizer"
+    return f"warning: {source.folder}: {differs}: neva goes by {MARKER}, and an export says {own}"
 
 
 def _text_source(chosen: Plan) -> Source:

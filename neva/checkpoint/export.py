@@ -6,7 +6,7 @@ While it is written the folder is `DIR.tmp`; an export of the same checkpoint go
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -31,48 +31,73 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, check: bool =
     `check=False` leaves out the latter. Nothing half-written remains under `out`.
     """
     out = Path(out)
-    temporary = stream.staging(out)
-    if check and options.part != "projector":
-        gate.need_transformers()
-    opened = store.open_checkpoint(checkpoint)
-    model, vision = configs(opened.config)
-    weights = opened.folder / "weights"
-    target = with_dtype(make_target(opened.folder, opened.config, model, vision, options), weights, options)
-    mark = json.dumps({"of": {name: file.sha256 for name, file in opened.manifest.files.items()}, "options": str(options)})
-    stream.begin(temporary, mark)
-    with stream.removed_if_refused(temporary):
-        _write_weights(temporary, target, weights, options)
-        (temporary / "config.json").write_text(json.dumps(target.config, indent=2) + "\n")
+    with stream.Staging(out) as staging:
+        opened = store.open_checkpoint(checkpoint)
+        model, vision = configs(opened.folder, opened.config)
+        weights = index.Tensors(opened.folder / "weights")
+        target = make_target(opened.folder, opened.config, model, vision, options)
+        target = with_dtype(target, weights, options)
+        files = {name: file.sha256 for name, file in opened.manifest.files.items()}
+        mark = json.dumps({"of": files, "options": str(options)})
+        staging.begin(mark, needs=_bytes(target.names, weights, options))
+        _write_weights(staging.folder, target, weights, options, say)
+        described = json.dumps(target.config, indent=2) + "\n"
+        (staging.folder / "config.json").write_text(described)
         for name, content in target.files.items():
-            (temporary / name).write_bytes(content)
-        if check and target.kind != "projector":
-            read = partial(_written, weights, target=target, options=options)
-            differences = gate.compare([folders.read_source(temporary)], target.model, target.vision, read)
-            say(parity.show(differences))
-            parity.check(differences, str(out))
-            if target.encoder is not None:
-                say(compare_prompts(temporary, target.encoder, target.vision))
-        elif check:
-            say("A projector alone is no model of transformers: there is nothing to compare it with")
+            (staging.folder / name).write_bytes(content)
+        if check:
+            _check(staging, target, weights, options, say)
         else:
             say("NOT COMPARED with transformers (--no-parity): nothing shows that this folder computes what the checkpoint does")
-    if target.note:
-        say(target.note)
-    stream.finish(temporary, out)
-    return out
+        if target.note:
+            say(target.note)
+        return staging.finish()
+
+
+def _check(
+    staging: stream.Staging,
+    target: Target,
+    weights: index.Tensors,
+    options: ExportOptions,
+    say: Callable[[str], None],
+) -> None:
+    """Compare with transformers. CheckpointError where it computes something else."""
+    if target.kind == "projector":
+        say("A projector alone is no model of transformers: there is nothing to compare it with")
+        return
+    say("Comparing with transformers")
+    read = partial(_written, weights, target=target, options=options)
+    source = folders.read_source(staging.folder)
+    differences = gate.compare([source], target.model, target.vision, read)
+    say(parity.show(differences))
+    parity.check(differences, str(staging.out))
+    if target.encoder is not None:
+        say(compare_prompts(staging.folder, target.encoder, target.vision))
 
 
 # Writing.
 
 
-def _write_weights(folder: Path, target: Target, weights: Path, options: ExportOptions) -> None:
+def _bytes(names: Iterable[str], weights: index.Tensors, options: ExportOptions) -> int:
+    """Bytes of tensors as they are written."""
+    found = (weights.described[name] for name in names)
+    return sum(t.numel() * kept_dtype(t.dtype, options).itemsize for t in found)
+
+
+def _write_weights(
+    folder: Path,
+    target: Target,
+    weights: index.Tensors,
+    options: ExportOptions,
+    say: Callable[[str], None],
+) -> None:
     """model.safetensors, or shards with their index. A shard of an earlier, cut-off export that is whole is kept."""
-    described = index.stored(weights)
-    groups = [*_groups(target, described)]
+    groups = [*_groups(target, weights.described)]
     plan: list[list[list[str]]] = [[]]
     room = options.shard
+    tick = stream.Progress(_bytes(target.names, weights, options), say)
     for group in groups:
-        size = sum(described[name].numel() * kept_dtype(described[name].dtype, options).itemsize for name in group)
+        size = _bytes(group, weights, options)
         if size > room and plan[-1]:
             plan.append([])
             room = options.shard
@@ -95,6 +120,7 @@ def _write_weights(folder: Path, target: Target, weights: Path, options: ExportO
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, part, metadata={"format": "pt"})
             part.replace(file)
             del state
+        tick(sum(_bytes(group, weights, options) for group in chunk))
         for name, entry in open_shards(folder, files=(file.name,)).entries.items():
             mapped[name] = file.name
             total += entry.dtype.itemsize * torch.Size(entry.shape).numel()
@@ -136,9 +162,9 @@ def _groups(target: Target, described: Mapping[str, Tensor]) -> Iterator[list[st
             yield pending.pop(made.theirs[0])
 
 
-def _written(weights: Path, name: str, *, target: Target, options: ExportOptions) -> Tensor:
+def _written(weights: index.Tensors, name: str, *, target: Target, options: ExportOptions) -> Tensor:
     """One of our tensors as it is written: with the rows and in the dtype that were asked for."""
-    tensor = index.read(weights, name)
+    tensor = weights.read(name)
     if name in target.grow:
         tensor = grown(tensor, target.grow[name])
     return converted(tensor, kept_dtype(tensor.dtype, options), name)

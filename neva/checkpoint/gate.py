@@ -1,6 +1,5 @@
 """Which models the parity gate compares: a checkpoint's tensors against the folders that they came from, or went to."""
 
-import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -25,12 +24,6 @@ PROJECTOR = re.compile(r"model\.mm_projector(?:\.(\d+))?\.(weight|bias)")
 """A tensor of a projector in LLaVA's own layout: the number of its layer, if there are several."""
 
 
-def need_transformers() -> None:
-    """ValueError where there is nothing to compare with: better before the weights are written than after."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ValueError("comparing with transformers needs it: pip install 'neva[hf]', or leave the comparison out with --no-parity")
-
-
 def compare(
     sources: Sequence[Source], model: VLMConfig | None, vision: VisionConfig | None, read: Read, *, cast: torch.dtype | None = None
 ) -> list[Difference]:
@@ -42,6 +35,9 @@ def compare(
     fits = parity.fits(sum(math.prod(entry.shape) for source in sources for entry in source.shards.entries.values()))
     for source in sources:
         if source.format in ("nemo", "nemo-neva"):
+            continue
+        if source.kind == "projector":
+            found += _projector(source, read, cast)
             continue
         seen, original = _at_own_resolution(source, vision, read)
         if source.format in LLAVAS:
@@ -68,6 +64,15 @@ def compare(
             found.append(parity.llava_projector(model, read, layers, cast=cast))
         if source.format == "NVLM_D" and model is not None:
             found.append(parity.nvlm_projector(model, read, source.shards.read, cast=cast))
+    return found
+
+
+def _projector(source: Source, read: Read, cast: torch.dtype | None) -> list[Difference]:
+    """A projector by itself: its tensors, of which transformers has no model."""
+    found = []
+    for default, name in source.spelled.items():
+        ours = read(hf.ours_of(default, source.table))
+        found.append(parity.one_tensor(name, ours, source.shards.read(name), cast=cast))
     return found
 
 

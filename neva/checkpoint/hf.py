@@ -25,7 +25,7 @@ from torch import Tensor
 
 from neva import config as tree
 from neva.checkpoint import stream
-from neva.checkpoint.foreign import check_folder, leads_outside
+from neva.checkpoint.foreign import check_folder, is_projector, leads_outside
 from neva.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -36,11 +36,13 @@ from neva.checkpoint.manifest import (
     serialise,
 )
 from neva.checkpoint.peers import in_memory
+from neva.checkpoint.projectors import read_projector
 from neva.checkpoint.shards import Shards, converted, open_shards, read_json
 from neva.checkpoint.source import (
     Source,
     about_encoder,
     as_tied,
+    check_wrappers,
     lost_heads,
     other_sets,
     tower,
@@ -49,7 +51,7 @@ from neva.checkpoint.source import (
 from neva.models import hf, hf_config, hf_vlm
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig, resize_positions
-from neva.models.vlm import VLM, ImageConfig, VLMConfig, fresh, part_of
+from neva.models.vlm import VLM, ImageConfig, ProjectorConfig, VLMConfig, fresh, part_of
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -69,6 +71,8 @@ WITHOUT_ENCODER = ("llava-original", "nemo-neva")
 
 def read_source(folder: Path) -> Source:
     """What a folder holds. CheckpointError for a damaged one, ValueError for a family or mechanism that neva does not compute."""
+    if is_projector(folder):
+        return read_projector(folder)
     check_folder(folder)
     config = read_json(folder / "config.json")
     try:
@@ -87,7 +91,10 @@ def read_source(folder: Path) -> Source:
 
 
 def _read(folder: Path, config: dict[str, Any]) -> Source:
+    if "mm_projector_type" in config and "model_type" not in config:
+        return read_projector(folder)
     shards = open_shards(folder)
+    check_wrappers(shards.entries)
     notes = other_sets(folder)
     config = {name: value for name, value in config.items() if name != "transformers_weights"}
     image, pixels = image_settings(folder)
@@ -95,7 +102,7 @@ def _read(folder: Path, config: dict[str, Any]) -> Source:
     if "mm_vision_tower" in config:
         encoder = VisionConfig(image=336, patch=14, width=config["mm_hidden_size"], layers=24, heads=16, ffn=4096)  # until it is given
         family = hf_config.DECODERS[hf_vlm.original_text(config)["model_type"]]
-        table: Mapping[str, str] = hf.original_table(family.table)
+        table: Mapping[str, str] = hf.original_table(family.table, shards.entries)
         model: Any = hf_vlm.original_config(config, encoder)
         source = {"kind": "vlm", "format": "llava-original", "image": model.image}
     elif model_type == "NVLM_D":
@@ -206,8 +213,10 @@ class Plan:
     """An import before anything is written."""
 
     model: VLMConfig | None
-    """The whole model; None where only an encoder is imported."""
+    """The whole model; None where only an encoder or a projector is imported."""
     vision: VisionConfig | None
+    projector: ProjectorConfig | None
+    """A projector that is imported by itself."""
     sources: tuple[Source, ...]
     tensors: Mapping[str, Tensor]
     """Every tensor of ours, on the meta device, in the dtype that it will have."""
@@ -233,10 +242,8 @@ def plan(sources: Sequence[Source], options: Options) -> Plan:
     for link in (file for file in kept if file.is_file() and leads_outside(file)):
         warnings.append(f"{link} is left out: it is a link that leads out of its folder")
     sources = with_own_tower(sources)
-    with torch.device("meta"):
-        modules = VLM(model if model is not None else around(vision))
-    parts = ("",) if model is not None else ("vision.",)
-    shapes = {name: parameter.shape for name, parameter in modules.named_parameters() if name.startswith(parts)}
+    alone = sources[0].model if isinstance(sources[0].model, ProjectorConfig) else None
+    shapes = alone.shapes() if alone is not None else _shapes(model, vision)
     composed = model is not None and not any(source.kind == "vlm" for source in sources)
     givers: dict[str, tuple[Source, hf.Origin]] = {}
     new, faults = [], []
@@ -265,18 +272,33 @@ def plan(sources: Sequence[Source], options: Options) -> Plan:
         givers=givers, tensors=tensors, seed=options.seed, grid=vision.grid if vision else 0, class_token=bool(vision and vision.class_token)
     )
     return Plan(
-        model=model, vision=vision, sources=tuple(sources), tensors=tensors, read=reader.read, new=tuple(new),
+        model=model, vision=vision, projector=alone, sources=tuple(sources), tensors=tensors, read=reader.read, new=tuple(new),
         unused=_unused(sources, givers.values()), warnings=tuple(warnings), cast=DTYPES.get(options.dtype), seed=options.seed,
     )  # fmt: skip
 
 
+def _shapes(model: VLMConfig | None, vision: VisionConfig | None) -> dict[str, torch.Size]:
+    """Shape of each parameter of a whole model, or of an encoder by itself."""
+    with torch.device("meta"):
+        modules = VLM(model if model is not None else around(vision))
+    parts = ("",) if model is not None else ("vision.",)
+    return {name: p.shape for name, p in modules.named_parameters() if name.startswith(parts)}
+
+
 def compose(sources: Sequence[Source], options: Options) -> tuple[VLMConfig | None, VisionConfig | None, list[str]]:
-    """The whole model's config (None for an encoder alone), the encoder's, and warnings. ValueError where the sources make no model."""
+    """The whole model's config (None for an encoder or a projector alone), the encoder's, and warnings.
+
+    ValueError where the sources make no model.
+    """
     kinds = [source.kind for source in sources]
     by_kind = dict(zip(kinds, sources, strict=True))
-    if sorted(kinds) not in (["vlm"], ["decoder"], ["vision"], ["decoder", "vision"], ["vision", "vlm"]):
+    if sorted(kinds) not in (["vlm"], ["decoder"], ["vision"], ["projector"], ["decoder", "vision"], ["vision", "vlm"]):
         raise ValueError(f"{' and '.join(kinds)} do not make one model: give a whole VLM, or a decoder and an encoder, or one of them.")
     warnings = [note for source in sources for note in source.notes]
+    if kinds == ["projector"]:
+        if options.overrides:
+            raise ValueError(f"{sources[0].folder} is a projector alone, of which {', '.join(options.overrides)} changes nothing: leave it out")
+        return None, None, warnings
     if kinds == ["vision"]:
         (vision,) = tree.override((sources[0].model,), options.overrides)
         _check_side(sources, vision, "image", options)  # type: ignore[arg-type]
@@ -465,11 +487,22 @@ class _Reader:
 
 
 def write(
-    chosen: Plan, temporary: Path, *, described: Mapping[str, Any], write_tokenizer: Callable[[Path], None] | None, tick: Callable[[int], None]
+    chosen: Plan,
+    staging: stream.Staging,
+    *,
+    described: Mapping[str, Any],
+    write_tokenizer: Callable[[Path], None] | None,
+    say: Callable[[str], None],
 ) -> None:
-    """Write the checkpoint to the folder `temporary`, going on from a cut-off import of the same there. `publish` gives it its name."""
-    stream.begin(temporary, _fingerprint(chosen))
+    """Write the checkpoint, going on from a cut-off import of the same. `publish` gives it its
+    name; `say` gets lines on how far it is."""
+    temporary = staging.folder
+    total = sum(tensor.numel() * tensor.element_size() for tensor in chosen.tensors.values())
+    staging.begin(_fingerprint(chosen), needs=total)
+    if total > stream.UNIT:
+        say(f"Writing {total / 2**30:.1f} GiB to {temporary}")
     (temporary / "weights").mkdir(exist_ok=True)
+    tick = stream.Progress(total, say)
     stream.write(temporary / "weights", chosen.tensors, chosen.read, tick=tick)
     for name in ("source", "tokenizer"):  # small, and made anew: files of a source that has lost them since would stay
         shutil.rmtree(temporary / name, ignore_errors=True)
@@ -484,19 +517,29 @@ def write_config(folder: Path, described: Mapping[str, Any]) -> None:
     (folder / "neva.yaml").write_text(yaml.safe_dump(dict(described), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def publish(temporary: Path, out: Path) -> Path:
+def publish(staging: stream.Staging) -> Path:
     """The finished import under its name, with its manifest."""
-    names = listing(temporary).keys()
-    (temporary / MANIFEST).write_bytes(serialise(asdict(Manifest(step=0, files=dict(sorted(digests(temporary, names).items()))))))
-    stream.finish(temporary, out)
-    return out
+    folder = staging.folder
+    files = digests(folder, listing(folder).keys())
+    manifest = Manifest(step=0, files=dict(sorted(files.items())))
+    (folder / MANIFEST).write_bytes(serialise(asdict(manifest)))
+    return staging.finish()
 
 
 def describe(chosen: Plan, options: Options, template: str) -> dict[str, Any]:
     """`neva.yaml` of an import."""
     sources = [{"path": str(source.folder), "kind": source.kind, "format": source.format} for source in chosen.sources]
-    shape: dict[str, Any] = {"model": tree.to_dict(chosen.model)} if chosen.model is not None else {"vision": tree.to_dict(chosen.vision)}
+    name, config = _what(chosen)
+    shape: dict[str, Any] = {name: config}
     return {"step": 0, **shape, "template": template, "system": None, "source": {"parts": sources, "new": list(chosen.new), "dtype": options.dtype}}
+
+
+def _what(chosen: Plan) -> tuple[str, dict[str, Any]]:
+    """What an import makes, by its key in neva.yaml, and the config of that."""
+    for name in ("model", "vision", "projector"):
+        if (config := getattr(chosen, name)) is not None:
+            return name, tree.to_dict(config)
+    raise AssertionError("an import makes something")
 
 
 def _fingerprint(chosen: Plan) -> str:
@@ -504,7 +547,7 @@ def _fingerprint(chosen: Plan) -> str:
     named = [file for source in chosen.sources for place in source.shards.files for file in (place.rglob("*") if place.is_dir() else [place])]
     files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in named if file.is_file())
     tensors = [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in chosen.tensors.items()]
-    config = tree.to_dict(chosen.model if chosen.model is not None else chosen.vision)
+    _, config = _what(chosen)
     new = [list(chosen.new), chosen.seed] if chosen.new else []
     return hashlib.sha256(json.dumps([files, tensors, config, new]).encode()).hexdigest()
 

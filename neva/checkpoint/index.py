@@ -98,19 +98,44 @@ def _is_inside(folder: Path, name: Any) -> bool:
     return plain and not ((folder / name).is_symlink() and leads_outside(folder / name))
 
 
+class Tensors:
+    """The tensors of a folder, whose index is read once: thousands of tensors make it large."""
+
+    def __init__(self, folder: Path):
+        self._reader = _Opened(folder)
+        described: dict[str, Any] = self._reader.metadata.state_dict_metadata
+        self.described: dict[str, Tensor] = {}
+        """Each tensor by name, on the meta device."""
+        for name, there in described.items():
+            dtype = there.properties.dtype
+            self.described[name] = torch.empty(there.size, dtype=dtype, device="meta")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its dtype."""
+        tensor = torch.empty_like(self.described[name], device="cpu")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        return tensor
+
+
+class _Opened(Reader):
+    """A reader that has read its index."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.metadata = super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index again: DCP asks for it in each `load`."""
+        return self.metadata
+
+
 def stored(folder: Path) -> dict[str, Tensor]:
     """The tensors of a folder, on the meta device."""
-    described: dict[str, Any] = Reader(folder).read_metadata().state_dict_metadata
-    tensors = {}
-    for name, there in described.items():
-        tensors[name] = torch.empty(there.size, dtype=there.properties.dtype, device="meta")
-    return tensors
+    return Tensors(folder).described
 
 
 def read(folder: Path, name: str) -> Tensor:
-    """One tensor of a folder, in its dtype."""
-    tensor = torch.empty_like(stored(folder)[name], device="cpu")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load({name: tensor}, storage_reader=Reader(folder), no_dist=True)
-    return tensor
+    """One tensor of a folder, in its dtype. Of many, `Tensors` reads the index once."""
+    return Tensors(folder).read(name)

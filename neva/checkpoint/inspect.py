@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from neva import config as tree
 from neva.checkpoint import index, store
 from neva.checkpoint.foreign import is_foreign
 from neva.checkpoint.hf import read_source
@@ -15,7 +14,7 @@ from neva.checkpoint.manifest import find
 from neva.data.tokenizer import load_tokenizer
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
-from neva.models.vlm import VLMConfig, part_of
+from neva.models.vlm import ProjectorConfig, VLMConfig, part_of
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def inspect(path: Path) -> dict[str, Any]:
     manifest = store.verify(folder)
     described = store.load_config(folder)
     tensors = index.stored(folder / "weights")
-    model: Any = tree.from_dict(VLMConfig, described["model"]) if "model" in described else tree.from_dict(VisionConfig, described["vision"])
+    model = store.model_of(folder, described)
     tokenizer = store.tokenizer_folder(folder)
     return {
         "checkpoint": str(folder),
@@ -48,7 +47,7 @@ def _folder(path: Path) -> dict[str, Any]:
     source = read_source(path)
     tensors = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in source.shards.entries.items()}
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    text = {} if source.kind == "vision" else {"tokenizer": f"{load_tokenizer(path).size} tokens" if source.has_tokenizer else "none"}
+    text = {} if source.kind in ("vision", "projector") else {"tokenizer": f"{load_tokenizer(path).size} tokens" if source.has_tokenizer else "none"}
     return {
         "folder": str(path),
         "format": source.format,
@@ -62,7 +61,9 @@ def _folder(path: Path) -> dict[str, Any]:
     }
 
 
-def _model(model: VLMConfig | DecoderConfig | VisionConfig) -> dict[str, str]:
+def _model(model: VLMConfig | DecoderConfig | VisionConfig | ProjectorConfig) -> dict[str, str]:
+    if isinstance(model, ProjectorConfig):
+        return {"projector": f"{model.name}, from features of width {model.width} to {model.out}"}
     if isinstance(model, DecoderConfig):
         return {"decoder": _decoder(model)}
     if isinstance(model, VisionConfig):
@@ -125,9 +126,13 @@ def _dtypes(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _origin(described: Mapping[str, Any]) -> str:
     if "train" in described:
-        data = described["train"]["data"]
-        named = [source["path"] or source["name"] or "mock" for source in data["sources"]] if not data["source"] else [data["source"]]
-        return f"trained, stage {described['train']['name']}, on {', '.join(named)}"
+        try:
+            data = described["train"]["data"]
+            named = [source["path"] or source["name"] or "mock" for source in data["sources"]]
+            named = [data["source"]] if data["source"] else named
+            return f"trained, stage {described['train']['name']}, on {', '.join(named)}"
+        except (KeyError, TypeError):
+            return "trained; its config does not say on what"
     source = described.get("source") or {}
     parts = ", ".join(f"{part['kind']} from {part['path']} ({part['format']})" for part in source.get("parts", []))
     parity = source.get("parity")

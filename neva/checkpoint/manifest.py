@@ -23,6 +23,8 @@ MARK = ".neva-staging"
 
 It goes last, when the folder has its name: a kill just before leaves it in a folder that is whole.
 """
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors of a disk, or a file, that may not grow."""
 STEP = re.compile(r"step_(\d+)")
 
 

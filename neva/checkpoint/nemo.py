@@ -11,6 +11,7 @@ group [queries | key | value], is taken apart (REFERENCE: Megatron-LM's converte
 the classes of DCP's index.
 """
 
+import errno
 import gzip
 import io
 import math
@@ -21,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from neva.checkpoint import index
 from neva.checkpoint.foreign import check_links, leads_outside
-from neva.checkpoint.manifest import CheckpointError, few
+from neva.checkpoint.manifest import FULL, CheckpointError, few
 from neva.checkpoint.nemo_config import (
     TEMPLATES,
     clip_config,
@@ -306,10 +308,13 @@ def _of_file(file: Path) -> Iterator[tuple[str, Stored]]:
 
 
 def _of_dcp(folder: Path) -> dict[str, Stored]:
-    kept = {name: tensor for name, tensor in index.stored(folder).items() if not name.startswith(("optimizer", "chained"))}
-    return {
-        name: Stored(shape=tuple(t.shape), dtype=t.dtype, file=folder, read=lambda name=name: index.read(folder, name)) for name, t in kept.items()
-    }  # fmt: skip
+    tensors = index.Tensors(folder)
+    found = {}
+    for name, t in tensors.described.items():
+        if not name.startswith(("optimizer", "chained")):
+            read = partial(tensors.read, name)
+            found[name] = Stored(shape=tuple(t.shape), dtype=t.dtype, file=folder, read=read)
+    return found
 
 
 def _of_zarr(folder: Path) -> Iterator[tuple[str, Stored]]:
@@ -553,6 +558,8 @@ def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, Iterator[tarfile.Tar
 
             yield archive, members()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno in (*FULL, errno.EACCES, errno.EROFS):
+            raise  # of the disk that it is unpacked to
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
             f"{path} cannot be unpacked ({reason}): it is damaged or cut off.",

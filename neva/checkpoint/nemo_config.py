@@ -23,7 +23,8 @@ DEFAULTS: Mapping[str, Any] = {
     "normalization": "layernorm", "layernorm_epsilon": 1e-5, "activation": "gelu", "openai_gelu": False, "bias_activation_fusion": True,
     "bias": True, "qkv_bias": False, "position_embedding_type": "learned_absolute", "rotary_base": 10000, "rotary_percentage": 1.0,
     "share_embeddings_and_output_weights": True, "hidden_dropout": 0.1, "attention_dropout": 0.1, "ffn_dropout": 0.0, "moe_router_topk": 2,
-    "moe_aux_loss_coeff": 0.0, "transformer_block_type": "pre_ln", "normalize_attention_scores": True, "headscale": False,
+    "moe_aux_loss_coeff": 0.0, "moe_router_load_balancing_type": "aux_loss",
+    "transformer_block_type": "pre_ln", "normalize_attention_scores": True, "headscale": False,
     "multi_query_attention": False, "padded_vocab_size": 32000,
 }  # fmt: skip
 """What NeMo's models take for a key that is null or not there; the vocabulary's size, which they have of the tokenizer, is Llama-2's."""
@@ -107,7 +108,10 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Ours from a NeMo language model's config. ValueError for a mechanism that we do not compute, and for a value that is none."""
     c = {**DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
     kind, norm, position = str(c["activation"]), str(c["normalization"]).lower(), str(c["position_embedding_type"])
+    experts = read(c, "num_moe_experts", whole) if "num_moe_experts" in c else 0
+    balancing = str(c["moe_router_load_balancing_type"])
     refused = {
+        "moe_router_load_balancing_type": not experts or balancing in ("aux_loss", "none"),
         "activation": kind in ACTIVATIONS, "normalization": norm in NORMS, "position_embedding_type": position in POSITIONS,
         "transformer_block_type": c["transformer_block_type"] == "pre_ln", "headscale": not read(c, "headscale", flag),
         "multi_query_attention": not read(c, "multi_query_attention", flag),
@@ -125,6 +129,8 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     # Megatron adds up the layers' balance losses, each divided by the experts of a token.
     # Ours is the mean over layers.
     balance = read(c, "moe_aux_loss_coeff", amount) * layers / chosen
+    if balancing == "none":
+        balance = 0.0
     return DecoderConfig(
         vocab=read(c, "override_vocab_size" if "override_vocab_size" in c else "padded_vocab_size", size),
         width=width,
@@ -146,7 +152,7 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         window=read(c, "window_size", window) if "window_size" in c else 0,
         max_positions=read(c, "max_position_embeddings" if "max_position_embeddings" in c else "encoder_seq_length", size),
         tied=read(c, "share_embeddings_and_output_weights", flag),
-        experts=read(c, "num_moe_experts", whole) if "num_moe_experts" in c else 0,
+        experts=experts,
         active_experts=chosen,
         balance=balance,
         embedding_dropout=read(c, "hidden_dropout", amount),

@@ -7,7 +7,7 @@ import math
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,20 @@ def weight_sets(folder: Path) -> list[str]:
     transformers reads the first and does not look at the others. The file that config.json names
     as `transformers_weights` comes before all.
     """
-    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    return _sets(folder, {path.name for path in folder.iterdir() if path.is_file()})
+
+
+def weight_files(folder: Path, names: Collection[str]) -> list[str]:
+    """The files of the first set among `names`, those of a repository whose texts, config.json and
+    indices with them, lie in `folder` already; none if it holds no set."""
+    sets = _sets(folder, names)
+    if not sets or not sets[0].endswith(".json"):
+        return sets[:1]
+    return [sets[0], *_shards_of(folder / sets[0])[1]]
+
+
+def _sets(folder: Path, names: Collection[str]) -> list[str]:
+    found = [name for name in WEIGHTS if name in names]
     described = folder / "config.json"
     named = read_json(described).get("transformers_weights") if described.is_file() else None
     if not named:
@@ -117,7 +130,7 @@ def weight_sets(folder: Path) -> list[str]:
     if Path(str(named)).name != named or not str(named).endswith((SAFE, SAFE + ".index.json")):
         legal = f"a {SAFE} file, or the {SAFE}.index.json of several, in the same folder"
         raise CheckpointError(f"{said}, which must be {legal}.")
-    if not (folder / named).is_file():
+    if named not in names:
         raise CheckpointError(f"{said}, which is not there. Download it.")
     return [named, *(name for name in found if name != named)]
 
@@ -211,13 +224,19 @@ def _check_held(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{path} is refused: {name!r} has {size:,} bytes, of which the file does not hold as many.")
 
 
-def _indexed(index: Path) -> dict[str, Entry]:
+def _shards_of(index: Path) -> tuple[dict[str, Any], list[str]]:
+    """What an index lists: the file of each tensor, and the files."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{index} has no weight_map; it is damaged.")
     names = sorted({str(name) for name in listed.values()})
     if outside := [name for name in names if Path(name).name != name]:
         raise CheckpointError(f"{index} names files outside its folder: {few(outside)}.")
+    return listed, names
+
+
+def _indexed(index: Path) -> dict[str, Entry]:
+    listed, names = _shards_of(index)
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise CheckpointError(f"{index} lists files that are not there: {few(missing)}. Download them.")
     found = _merged([index.parent / name for name in names])

@@ -5,7 +5,8 @@ the encoder of a LLaVA that was tuned. What transformers (for LLaVA's own layout
 would take is taken, and said.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +18,9 @@ from neva.data.tokenizer import FILES, PAIRS
 from neva.models import hf, hf_vlm
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
-from neva.models.vlm import ImageConfig, VLMConfig
+from neva.models.vlm import ImageConfig, ProjectorConfig, VLMConfig
 
-Kind = Literal["vlm", "decoder", "vision"]
+Kind = Literal["vlm", "decoder", "vision", "projector"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,10 +30,11 @@ class Source:
     folder: Path
     kind: Kind
     format: str
-    """Its `model_type`; `llava-original` is the layout of LLaVA's own repository."""
+    """Its `model_type`; `llava-original` is the layout of LLaVA's own repository, `projector` a
+    projector by itself."""
     config: Mapping[str, Any]
     """Its config.json."""
-    model: VLMConfig | DecoderConfig | VisionConfig
+    model: VLMConfig | DecoderConfig | VisionConfig | ProjectorConfig
     image: ImageConfig | None
     """How images are brought to size; None where the folder does not say."""
     shards: Shards
@@ -73,6 +75,27 @@ class Source:
         return False
 
 
+WRAPPERS = (
+    (re.compile(r"(^|\.)_orig_mod\."), "torch.compile", "save model._orig_mod, or the model before it is compiled"),
+    (re.compile(r"(^|\.)_fsdp_wrapped_module\."), "FSDP", "save its full state_dict, or through save_pretrained of its trainer"),
+    (re.compile(r"(^|\.)_checkpoint_wrapped_module\."), "activation checkpointing", "save the model that it wraps"),
+    (re.compile(r"^module\."), "DataParallel or DeepSpeed", "save model.module"),
+    (re.compile(r"^base_model\.model\."), "PEFT", "merge the adapter with model.merge_and_unload() and save the result"),
+    (re.compile(r"\.(lora_[AB]|base_layer)\."), "PEFT", "merge the adapter with model.merge_and_unload() and save the result"),
+)
+"""What stands in the names of a model that was saved inside a wrapper, who wrote it, and what to do."""
+
+
+def check_wrappers(names: Iterable[str]) -> None:
+    """ValueError for weights that were saved inside a wrapper: the names of their tensors are not a
+    model's."""
+    for name in names:
+        for pattern, wrapper, fix in WRAPPERS:
+            if match := pattern.search(name):
+                what = f"the names of its tensors have {match[0].strip('.')!r} in them ({name!r})"
+                raise ValueError(f"{what}: it was saved inside the wrapper of {wrapper}. {fix[0].upper()}{fix[1:]}.")
+
+
 def other_sets(folder: Path) -> tuple[str, ...]:
     """A note on the sets of weights in a folder that are not read; none if there is one set."""
     first, *others = weight_sets(folder)
@@ -97,9 +120,9 @@ def as_tied(source: Source) -> Source:
         return replace(source, spelled=spelled)
     if head not in source.spelled or _equal_ends(source):
         return source
-    assert not isinstance(source.model, VisionConfig)
+    assert isinstance(source.model, VLMConfig | DecoderConfig)
     untied = replace(decoder, tied=False)
-    model = untied if source.kind == "decoder" else replace(source.model, decoder=untied)
+    model = replace(source.model, decoder=untied) if isinstance(source.model, VLMConfig) else untied
     note = (
         f"{source.folder}: config.json says tie_word_embeddings=true, but {source.spelled[head]!r} "
         f"differs from {source.spelled[embed]!r}: both are taken, untied, as transformers 5 does"

@@ -20,12 +20,11 @@ Safety: DCP keeps its index as a pickle; `index.Reader` builds nothing of it but
 `verify` finds damage, it does not authenticate: a stranger can write a matching manifest.
 """
 
-import errno
 import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -38,13 +37,14 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from neva import config as tree
 from neva.checkpoint.index import Reader
 from neva.checkpoint.manifest import (
+    FULL,
     MANIFEST,
     CheckpointError,
     File,
@@ -60,11 +60,13 @@ from neva.checkpoint.manifest import (
     serialise,
     step_of,
     sync,
+    way_out,
 )
+from neva.checkpoint.stream import Writer
 from neva.config import from_json, from_yaml
-from neva.models.vlm import VOCABULARY, grown
+from neva.models.vit import VisionConfig
+from neva.models.vlm import VOCABULARY, ProjectorConfig, VLMConfig, grown
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LEFTOVER = re.compile(r"(step_\d+(\.old)?|latest)\.tmp")
 """What a save that was killed leaves in `checkpoints/`."""
 OWN = re.compile(r"rank(\d+)/")
@@ -204,6 +206,22 @@ def load_config(step_folder: Path) -> dict[str, Any]:
     return described
 
 
+def model_of(
+    step_folder: Path,
+    described: Mapping[str, Any],
+) -> VLMConfig | VisionConfig | ProjectorConfig:
+    """What a checkpoint holds by its config: a model, an encoder or a projector by itself.
+
+    CheckpointError where the config names none.
+    """
+    kinds: dict[str, Any] = {"model": VLMConfig, "vision": VisionConfig, "projector": ProjectorConfig}
+    for name, kind in kinds.items():
+        if isinstance(described.get(name), Mapping):
+            return tree.from_dict(kind, described[name])
+    path = Path(step_folder) / "neva.yaml"
+    raise CheckpointError(f"{path} describes no model (it has none of the keys {', '.join(kinds)}). {way_out(path.parent)}")
+
+
 def tokenizer_folder(step_folder: Path) -> Path:
     """The folder of the checkpoint's tokenizer files."""
     return Path(step_folder) / "tokenizer"
@@ -310,22 +328,6 @@ def _together(work: Callable[[], Any], *, explain: Callable[[BaseException], str
 # Writing.
 
 
-class _Writer(FileSystemWriter):
-    """DCP's writer, but a full disk is an OSError: torch reports `unexpected pos 704 vs 598` and hides the reason in a chain
-    of causes, which is dropped when DCP pickles the error for the other ranks."""
-
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        try:
-            return super().write_data(plan, planner)
-        except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None:
-                if isinstance(cause, OSError):
-                    raise cause from None
-                cause = cause.__cause__ or cause.__context__
-            raise
-
-
 @contextmanager
 def _dcp_errors() -> Iterator[None]:
     """Silence DCP's warning about one process, and undo its bundling of errors.
@@ -348,7 +350,7 @@ def _dcp_errors() -> Iterator[None]:
 def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     # One thread: DCP's further threads lose their exceptions, and the tensors of a failed one would be missing.
     with _dcp_errors():
-        save_tensors(dict(tensors), storage_writer=_Writer(folder, thread_count=1), no_dist=not dist.is_initialized())
+        save_tensors(dict(tensors), storage_writer=Writer(folder, thread_count=1), no_dist=not dist.is_initialized())
     sync(folder)
 
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from neva import config as tree
 from neva.batch import ImageLayout
 from neva.checkpoint import hf as folders
 from neva.checkpoint import index, store
+from neva.checkpoint.manifest import CheckpointError
 from neva.checkpoint.shards import read_json
 from neva.checkpoint.tokens import Tokens, imported_ends, prepare_tokens
 from neva.data.encode import Encoder
@@ -97,12 +97,20 @@ class Target:
         return self.odd_names.get(name, name)
 
 
-def configs(described: Mapping[str, Any]) -> tuple[VLMConfig | None, VisionConfig | None]:
-    """The whole model's config, None for an encoder by itself, and the encoder's."""
-    if "model" in described:
-        model = tree.from_dict(VLMConfig, described["model"])
-        return model, model.vision
-    return None, tree.from_dict(VisionConfig, described["vision"])
+def configs(
+    folder: Path,
+    described: Mapping[str, Any],
+) -> tuple[VLMConfig | None, VisionConfig | None]:
+    """The whole model's config, None for an encoder by itself, and the encoder's.
+
+    CheckpointError where a checkpoint is neither, such as a projector.
+    """
+    held = store.model_of(folder, described)
+    if isinstance(held, VLMConfig):
+        return held, held.vision
+    if isinstance(held, VisionConfig):
+        return None, held
+    raise CheckpointError(f"{folder} holds a projector alone, which came from such a folder: export a model that has it, with --part projector.")
 
 
 def read_origin(folder: Path, *kinds: str) -> Origin:
@@ -136,8 +144,8 @@ def make_target(folder: Path, described: Mapping[str, Any], model: VLMConfig | N
     assert model is not None
     if part == "projector":
         config = {"mm_projector_type": model.projector, "mm_hidden_size": model.feature_width, "hidden_size": model.decoder.width}
-        own = tuple(name for name in names if name.startswith("projector."))
-        table = {key: ours for key, ours in hf.ORIGINAL_PROJECTOR.items() if "{n}" in key}
+        own = tuple(name for name in names if part_of(name) == "projector")
+        table = hf.one_spelling(hf.PROJECTOR_ALONE, numbered=True)
         return Target(kind="projector", config=config, table=table, names=own)
     return (_nvlm if model.image.aspect == "tiles" and model.inline == "all" else _llava)(folder, described, model, names, options)
 
@@ -173,12 +181,12 @@ def _part_of(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     return {**{key: config[key] for key in DTYPE_KEYS if key in config}, **config[part]}
 
 
-def with_dtype(target: Target, weights: Path, options: ExportOptions) -> Target:
+def with_dtype(target: Target, weights: index.Tensors, options: ExportOptions) -> Target:
     """The target whose config.json names the dtype of the weights that are written, the widest of several, as the source spelled it."""
     if target.kind == "projector":
         return target
-    stored = index.stored(weights)
-    dtype = str(reduce(torch.promote_types, {kept_dtype(stored[name].dtype, options) for name in target.names})).removeprefix("torch.")
+    kinds = {kept_dtype(weights.described[name].dtype, options) for name in target.names}
+    dtype = str(reduce(torch.promote_types, kinds)).removeprefix("torch.")
     inside = {part: dict(target.config[part]) for part in ("text_config", "llm_config", "vision_config") if part in target.config}
     spelled = [key for key in DTYPE_KEYS if any(key in config for config in (target.config, *inside.values()))] or [DTYPE_KEYS[1]]
     parts = {part: {name: dtype if name in DTYPE_KEYS else value for name, value in config.items()} for part, config in inside.items()}
@@ -279,7 +287,7 @@ def _text(folder: Path, described: Mapping[str, Any], model: VLMConfig, origin: 
         raise ValueError(f"{folder} holds no tokenizer, which a LLaVA of transformers needs for <image>: import it with one beside its weights")
     layout = model.layout if images else ImageLayout(tile=1, tokens_per_tile=1, images=False)
     tokenizer = load_tokenizer(where)
-    template = described["template"]
+    template = described.get("template") or ""
     own = find_template(template, tokenizer)
     if own.own and not images and model.vision is not None and not starts(own):
         # The whole model's prompts begin with the start token, which processors
@@ -288,7 +296,7 @@ def _text(folder: Path, described: Mapping[str, Any], model: VLMConfig, origin: 
     encoder = Encoder(
         tokenizer=tokenizer,
         template=template,
-        system=described["system"],
+        system=described.get("system"),
         layout=layout,
     )
     tokens = prepare_tokens(

@@ -5,6 +5,7 @@ Shapes: n tiles of side p pixels.
 
 import importlib
 import io
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -110,7 +111,7 @@ def check_shape(size: tuple[int, int], layout: ImageLayout) -> None:
         return
     if layout.aspect == "pad" and (side**2 > 4 * MAX_PIXELS or side > short * layout.tile):
         raise ValueError(f"{shown} is too elongated to pad to a square: make it smaller or cut it")
-    if layout.aspect == "crop" and layout.tile * _crop_length(size, layout) > MAX_PIXELS:
+    if layout.aspect == "crop" and math.prod(_crop_sides(size, layout)) > MAX_PIXELS:
         raise ValueError(f"{shown} is too elongated to crop: cut it, or use aspect 'pad'")
 
 
@@ -311,14 +312,16 @@ def _padded(image: Image.Image, layout: ImageLayout) -> UInt8[Tensor, "p p 3"]:
 
 
 def _crop(image: Image.Image, layout: ImageLayout) -> Image.Image:
-    """CLIP's: the short side resized to `tile`, the long side in proportion (rounded down), then the centre."""
+    """CLIP's: the short side resized, the long side in proportion (rounded down), then the centre."""
     tile = layout.tile
-    length = _crop_length(image.size, layout)
-    image = image.resize((tile, length) if image.width <= image.height else (length, tile), RESAMPLE[layout.resample])
+    short, long = _crop_sides(image.size, layout)
+    size = (short, long) if image.width <= image.height else (long, short)
+    image = image.resize(size, RESAMPLE[layout.resample])
     left, top = (image.width - tile) // 2, (image.height - tile) // 2
     return image.crop((left, top, left + tile, top + tile))
 
 
-def _crop_length(size: tuple[int, int], layout: ImageLayout) -> int:
-    """The long side once the short one is a tile's."""
-    return int(layout.tile * max(size) / min(size))
+def _crop_sides(size: tuple[int, int], layout: ImageLayout) -> tuple[int, int]:
+    """Short and long side before the centre, a tile, is cut out."""
+    short = round(layout.tile / layout.crop_share)
+    return short, int(short * max(size) / min(size))

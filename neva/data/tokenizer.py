@@ -3,7 +3,8 @@
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,19 @@ class SentencePieceTokenizer(Tokenizer):
         )
 
 
+@contextmanager
+def _no_panic(doing: str) -> Iterator[None]:
+    """ValueError for what the Rust library raises on a damaged or hostile file: bare Exceptions,
+    and panics, which are no Exceptions, of a pattern that takes too long."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException" and type(error) is not Exception:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the tokenizer cannot {doing} ({reason}): use the model's own tokenizer.json") from None
+
+
 class JsonTokenizer(Tokenizer):
     """A `tokenizer.json`; its start and end tokens are told by the `tokenizer_config.json` beside it, or else by common names."""
 
@@ -323,7 +337,8 @@ class JsonTokenizer(Tokenizer):
     def _model(self) -> tokenizers.Tokenizer:
         text = self.files["tokenizer.json"].decode()
         check_growth(from_json(text))
-        model = tokenizers.Tokenizer.from_str(text)
+        with _no_panic("be made of its file"):
+            model = tokenizers.Tokenizer.from_str(text)
         model.no_truncation()
         model.no_padding()
         return model
@@ -343,16 +358,10 @@ class JsonTokenizer(Tokenizer):
             return self._ids(text)
         return self._ids(self._spaced + text)[1:]
 
-    def _ids(self, text: str) -> list[int]:
-        try:
-            return self._model.encode(text, add_special_tokens=False).ids
-        except BaseException as error:
-            # of Rust, for a pattern that takes too long
-            if type(error).__name__ != "PanicException":
-                raise
-            raise ValueError(
-                f"the tokenizer cannot split a text ({error}): use the model's own tokenizer.json",
-            ) from None
+    def _ids(self, text: str, *, added: bool = False) -> list[int]:
+        """Ids of a text, with `added` those too that the file puts around it."""
+        with _no_panic("split a text"):
+            return self._model.encode(text, add_special_tokens=added).ids
 
     @cached_property
     def specials(self) -> tuple[str, ...]:
@@ -363,7 +372,7 @@ class JsonTokenizer(Tokenizer):
     def _spaced(self) -> str:
         """A special token behind which text is tokenised otherwise than at the start (SentencePiece with legacy=false); empty if it is not."""
         end = self._model.id_to_token(self.eos) or ""
-        return end if self._model.encode(end + "a", add_special_tokens=False).ids[1:] != self.encode("a") else ""
+        return end if self._ids(end + "a")[1:] != self.encode("a") else ""
 
     @cached_property
     def gap(self) -> str:
@@ -372,7 +381,9 @@ class JsonTokenizer(Tokenizer):
         return " " if self.encode("a", first=True) == self.encode(" a", first=False) else ""
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode([int(id) for id in ids if id >= 0], skip_special_tokens=True)
+        known = [int(id) for id in ids if id >= 0]
+        with _no_panic("put tokens together to a text"):
+            return self._model.decode(known, skip_special_tokens=True)
 
     @cached_property
     def bos(self) -> int | None:
@@ -382,7 +393,7 @@ class JsonTokenizer(Tokenizer):
         if self._model.post_processor is None:
             return named
         # What the file itself puts before a text decides: GPT-2 and Qwen name a start token or none, and put none.
-        first = self._model.encode("a").ids[:1]
+        first = self._ids("a", added=True)[:1]
         return first[0] if first and first != self.encode("a")[:1] else None
 
     @cached_property

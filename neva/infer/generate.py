@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from neva import config as tree
 from neva.batch import Batch
 from neva.checkpoint import store
 from neva.checkpoint.tokens import imported_ends
@@ -23,6 +22,7 @@ from neva.data.sample import Encoded, Sample, SampleError
 from neva.data.tokenizer import Tokenizer, load_tokenizer
 from neva.models.attention import Cache
 from neva.models.decoder import DecoderConfig
+from neva.models.vit import VisionConfig
 from neva.models.vlm import VLM, ImageConfig, VLMConfig
 
 
@@ -102,11 +102,12 @@ def load(
     if precision not in kinds:
         raise ValueError(f"precision={precision!r} is none of {', '.join(kinds)}.")
     checkpoint = store.open_checkpoint(Path(path))
-    if "model" not in checkpoint.config:
-        raise ValueError(f"{checkpoint.folder} holds an encoder alone, which cannot answer: compose a model with neva import --decoder X --vision Y.")
+    config = store.model_of(checkpoint.folder, checkpoint.config)
+    if not isinstance(config, VLMConfig):
+        held = "an encoder" if isinstance(config, VisionConfig) else "a projector"
+        raise ValueError(f"{checkpoint.folder} holds {held} alone, which cannot answer: compose a model with neva import --decoder X --vision Y.")
     if not store.tokenizer_folder(checkpoint.folder).is_dir():
         raise ValueError(f"{checkpoint.folder} holds no tokenizer: import it again with the tokenizer's files beside the weights.")
-    config = tree.from_dict(VLMConfig, checkpoint.config["model"])
     if config.image.process and not trust_code:
         raise ValueError(f"{checkpoint.folder} {untrusted(config.image)}")
     with torch.device("meta"):
@@ -117,8 +118,8 @@ def load(
     tokenizer = load_tokenizer(store.tokenizer_folder(checkpoint.folder))
     encoder = Encoder(
         tokenizer=tokenizer,
-        template=checkpoint.config["template"],
-        system=checkpoint.config["system"],
+        template=checkpoint.config.get("template") or "",
+        system=checkpoint.config.get("system"),
         layout=config.layout,
         date=checkpoint.config.get("date") or "",
     )

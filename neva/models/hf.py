@@ -141,6 +141,14 @@ ORIGINAL_PROJECTOR: dict[str, str] = {
 }
 """liuhaotian/llava-v1.5-7b; the second line is the linear projector of liuhaotian/LLaVA-7b-v0."""
 
+PROJECTOR_ALONE: dict[str, str] = {
+    "[model.]mm_projector.{n}.{p}": "projector.{n}.{p}",
+    "[model.]mm_projector.{p}": "projector.0.{p}",
+    "[model.]image_newline": "image_newline",
+    "[model.]image_vectors": "image_vectors",
+}
+"""A projector in a file of its own: LLaVA's mm_projector.bin, and ours. The vectors of start and end are ours alone."""
+
 NVLM_PROJECTOR: dict[str, str] = {
     "mlp1.0.{p}": "projector.0.{p}",
     "mlp1.1.weight": "projector.1.weight",
@@ -181,9 +189,20 @@ def nvlm_table(decoder: Mapping[str, str]) -> dict[str, str]:
     return {**prefixed(inside, "language_model."), **prefixed(INTERN_VIT, "vision_model."), **NVLM_PROJECTOR}
 
 
-def original_table(decoder: Mapping[str, str]) -> dict[str, str]:
+def original_table(decoder: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     """The layout of LLaVA's own repository around a decoder's, without an encoder (`TOWER`)."""
-    return {**decoder, **ORIGINAL_PROJECTOR}
+    return {**decoder, **one_spelling(ORIGINAL_PROJECTOR, numbered=is_numbered(names))}
+
+
+def is_numbered(names: Iterable[str]) -> bool:
+    """Do the layers of LLaVA's projector have numbers among these names? A linear one has none."""
+    return any(re.search(r"mm_projector\.\d+\.", name) for name in names)
+
+
+def one_spelling(table: Mapping[str, str], *, numbered: bool) -> dict[str, str]:
+    """A table with one of LLaVA's two spellings of a projector: for one of ours it must name one of theirs."""
+    dropped = "mm_projector.{p}" if numbered else "mm_projector.{n}.{p}"
+    return {theirs: ours for theirs, ours in table.items() if not theirs.endswith(dropped)}
 
 
 @dataclass(frozen=True, kw_only=True)

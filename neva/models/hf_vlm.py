@@ -67,6 +67,8 @@ def _pinpoints(listed: Any) -> tuple[tuple[int, int], ...]:
 
 def original_config(config: Json, vision: VisionConfig) -> VLMConfig:
     """Ours from the config.json of LLaVA's own repository, and its encoder's config. ValueError for what we do not compute."""
+    if str(config.get("image_aspect_ratio")).startswith("anyres"):
+        raise ValueError(_instead_of_next(config))
     must(config, {"mm_use_im_patch_token": False, "mm_patch_merge_type": "flat", "tune_mm_mlp_adapter": False})
     features: dict[str, Feature] = {"patch": "patch", "cls_patch": "cls_patch"}
     feature = features[config.get("mm_vision_select_feature", "patch")]
@@ -125,6 +127,25 @@ def original_text(config: Json) -> dict[str, Any]:
         )
     plain = {name: value for name, value in config.items() if not BESIDE_TEXT.match(name)}
     return {**plain, "model_type": family, "architectures": [DECODERS[family].architecture]}
+
+
+NEXT_PUBLISHED = {
+    ("llama", 4096): "llava-v1.6-vicuna-7b-hf",
+    ("llama", 5120): "llava-v1.6-vicuna-13b-hf",
+    ("llama", 7168): "llava-v1.6-34b-hf",
+    ("mistral", 4096): "llava-v1.6-mistral-7b-hf",
+}
+"""Family and width of the decoder of a published LLaVA-NeXT -> its name at llava-hf."""
+
+
+def _instead_of_next(config: Json) -> str:
+    """What to import in place of a LLaVA-NeXT in LLaVA's own layout, which is not read."""
+    text = original_text(config)
+    name = NEXT_PUBLISHED.get((text["model_type"], text.get("hidden_size", 0)), "llava-v1.6-…-hf")
+    said = f"config.json says image_aspect_ratio={config['image_aspect_ratio']!r}: this is LLaVA-NeXT (1.6) in LLaVA's own layout, which is not read"
+    fix = f"import the same model in transformers' layout, hf:llava-hf/{name}"
+    tuned = "one that you tuned: convert it with convert_llava_next_weights_to_hf.py of transformers 4"
+    return f"{said}; {fix}; {tuned}."
 
 
 def named_side(name: str) -> int:
@@ -195,8 +216,11 @@ def image_config(processor: Json, file: str = "preprocessor_config.json") -> tup
     if not side or size != legal:
         said = f"{file} says size={p.get('size')!r}{', and then a crop' if cropped else ''}"
         raise ValueError(f"{said}; a square (equal height and width), or shortest_edge and then a crop to it, can be imported.")
-    if cropped and crop and (crop.get("height"), crop.get("width")) != (side, side):
-        raise ValueError(f"{file} resizes to {side} and crops to {dict(crop)}; only equal sizes can be imported.")
+    kept = side
+    if cropped and crop:
+        kept = crop.get("height")
+        if crop.get("width") != kept or not (isinstance(kept, int) and 0 < kept <= side):
+            raise ValueError(f"{file} resizes to {side} and crops to {dict(crop)}; a square of at most {side} can be imported.")
     if p.get("resample", 3) not in RESAMPLE:
         filters = ", ".join(f"{number} ({name})" for number, name in RESAMPLE.items())
         raise ValueError(f"{file} says resample={p['resample']!r}; {filters} can be imported.")
@@ -205,10 +229,13 @@ def image_config(processor: Json, file: str = "preprocessor_config.json") -> tup
     if kind.startswith("LlavaNext") or p.get("image_grid_pinpoints"):
         aspect = "anyres"
         views = {"pinpoints": _pinpoints(p.get("image_grid_pinpoints") or PINPOINTS)}
-    found = {"image": side, "mean": tuple(p["image_mean"]) if "image_mean" in p else None, "std": tuple(p["image_std"]) if "image_std" in p else None}
+    if aspect != "crop" and kept != side:
+        raise ValueError(f"{file} resizes to {side} and crops to {dict(crop)}; only equal sizes can be imported.")
+    share = kept / side
+    found = {"image": kept, "mean": tuple(p["image_mean"]) if "image_mean" in p else None, "std": tuple(p["image_std"]) if "image_std" in p else None}
     resample: Any = RESAMPLE[p.get("resample", 3)]
     pixels = {name: value for name, value in found.items() if value}
-    return ImageConfig(aspect=aspect, resample=resample, **views), pixels  # type: ignore[arg-type]
+    return ImageConfig(aspect=aspect, resample=resample, crop_share=share, **views), pixels  # type: ignore[arg-type]
 
 
 # Writing.
@@ -313,7 +340,9 @@ def processor_json(image: ImageConfig, vision: VisionConfig) -> dict[str, Any]:
     if image.aspect == "tiles":
         patches = {"crop_to_patches": True, "min_patches": image.min_tiles, "max_patches": image.max_tiles}
         return {**common, **patches, "image_processor_type": "GotOcr2ImageProcessor", "size": {"height": side, "width": side}}
-    sized = {**common, "crop_size": {"height": side, "width": side}, "do_center_crop": True, "size": {"shortest_edge": side}}
+    cut = {"height": side, "width": side}
+    short = round(side / image.crop_share)
+    sized = {**common, "crop_size": cut, "do_center_crop": True, "size": {"shortest_edge": short}}
     if image.aspect == "crop":
         return {**sized, "image_processor_type": "CLIPImageProcessor"}
     if image.aspect == "anyres":

@@ -49,6 +49,9 @@ class ImageConfig:
     """Are tags tokenised by themselves, as in NVLM's training, or with the text before them, as the released model's code does?"""
     resample: Resample = "bicubic"
     """The filter with which images are resized."""
+    crop_share: float = 1.0
+    """Share of the short side that `crop` keeps when it cuts out the centre: 1 is CLIP's; 0.875 is
+    DINOv2's, which resizes to 256 and cuts out 224 (timm's `crop_pct`)."""
     resize: Literal["exact", "fast"] = "exact"
     """Pillow's own resize, or torch's, which is several times as fast and
     within 2 levels of 255 of it.
@@ -65,7 +68,7 @@ class ImageConfig:
     def __post_init__(self):
         check_numbers(
             self,
-            {"min_tiles": (1, 2**10), "max_tiles": (1, 2**10), "box_scale": (1, 2**20)},
+            {"min_tiles": (1, 2**10), "max_tiles": (1, 2**10), "box_scale": (1, 2**20), "crop_share": (1 / 16, 1.0)},
         )
         sides = [side for pair in self.pinpoints for side in pair]
         if len(self.pinpoints) > 2**10 or not all(1 <= side <= 2**16 for side in sides):
@@ -82,6 +85,8 @@ class ImageConfig:
             )
         if self.aspect == "anyres" and self.tags != "none":
             raise ValueError(f"tags={self.tags} have no place with aspect=anyres, whose features stand row by row over all tiles; use aspect=tiles.")
+        if self.crop_share != 1 and self.aspect != "crop":
+            raise ValueError(f"crop_share={self.crop_share} needs aspect=crop; with aspect={self.aspect}, which crops nothing, set crop_share=1.")
         if self.process and self.aspect in ("tiles", "anyres"):
             raise ValueError(f"process={self.process!r} gives one tile; it cannot take the place of aspect={self.aspect}.")
         if self.resize == "fast" and self.resample not in ("bicubic", "bilinear"):
@@ -89,7 +94,8 @@ class ImageConfig:
 
 
 SHARED = (
-    "aspect", "min_tiles", "max_tiles", "thumbnail", "pinpoints", "tags", "thumbnail_tag", "box_scale", "tag_tokens", "resample", "resize", "process",
+    "aspect", "min_tiles", "max_tiles", "thumbnail", "pinpoints", "tags", "thumbnail_tag", "box_scale", "tag_tokens",
+    "resample", "crop_share", "resize", "process",
 )  # fmt: skip
 """Fields of `ImageConfig` that data must know as they are."""
 
@@ -233,6 +239,33 @@ def projector(name: str, width: int, out: int, ffn: int) -> nn.Module:
             return make(match, width, out, ffn)
     known = "identity, linear, mlpNx_gelu (mlp2x_gelu is LLaVA-1.5's), norm_mlpNx_gelu, norm_linear and norm_ffn_gelu"
     raise ValueError(f"projector={name!r} is unknown; there are {known}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """A projector by itself, and the learned vectors that belong to it."""
+
+    name: str
+    width: int
+    """Of the features that it is given."""
+    out: int
+    """Of those that it gives: the decoder's width."""
+    ffn: int
+    """Width inside, of those that have one of their own."""
+    start_end: bool = False
+    newline: bool = False
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each of its parameters, by their names in a model. ValueError for an unknown
+        name."""
+        with torch.device("meta"):
+            module = projector(self.name, self.width, self.out, self.ffn)
+        found = {f"projector.{name}": p.shape for name, p in module.named_parameters()}
+        if self.start_end:
+            found["image_vectors"] = torch.Size((2, self.out))
+        if self.newline:
+            found["image_newline"] = torch.Size((self.out,))
+        return found
 
 
 PARTS = ("vision", "projector", "cross", "decoder", "head")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
@@ -55,22 +56,49 @@ def parallelize(model: VLM, mesh: DeviceMesh, *, precision: str, recompute: str 
             blocks[number].compile()
     half = precision == "bf16"
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32 if half else None)
-    modules = (*_apart(blocks), *blocks, model.vision, model.projector, model.head, model)
-    groups = [m for m in modules if m is not None and any(True for _ in m.parameters())]
-    sharded: set[nn.Parameter] = set()
-    for module in groups:
-        own = [p for p in module.parameters() if p not in sharded]
-        if half and not any(p.requires_grad for p in own):
-            _store_in_half(module, set(own))
+    for group in sharding_groups(model):
+        if half and group.frozen:
+            _store_in_half(group.module, set(group.parameters))
         # Parameters gathered for forward stay for backward where nothing is gained by freeing them between.
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
-        sharded.update(module.parameters())
+        fully_shard(group.module, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
     # Sequential modules end in a view; nothing here writes in place to a module's output.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Group:
+    """Parameters that FSDP stores in one dtype and gathers together."""
+
+    module: nn.Module
+    parameters: tuple[nn.Parameter, ...]
+    """Those of the module that are in no group before it."""
+
+    @property
+    def frozen(self) -> bool:
+        """Does none of them train? Such a group is stored in bf16 where a stage computes in bf16."""
+        return not any(p.requires_grad for p in self.parameters)
+
+
+def sharding_groups(model: VLM) -> list[Group]:
+    """How FSDP divides a model whose parameters are frozen or not: inner modules before outer ones.
+
+    `plan.memory` counts by these too.
+    """
+    blocks = model.decoder.blocks
+    modules = (*_apart(blocks), *blocks, model.vision, model.projector, model.head, model)
+    groups: list[Group] = []
+    taken: set[nn.Parameter] = set()
+    for module in modules:
+        if module is None or not any(True for _ in module.parameters()):
+            continue
+        own = tuple(p for p in module.parameters() if p not in taken)
+        groups.append(Group(module=module, parameters=own))
+        taken.update(own)
+    return groups
 
 
 def _apart(blocks: Iterable[nn.Module]) -> list[nn.Module]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from neva import config as tree
 from neva.checkpoint import store
 from neva.checkpoint.chat import chat_format
 from neva.checkpoint.foreign import is_foreign
@@ -19,7 +18,7 @@ from neva.data.tokenizer import load_tokenizer
 from neva.job import InitConfig, TrainConfig
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
-from neva.models.vlm import VLM, VOCABULARY, ImageConfig, VLMConfig, part_of
+from neva.models.vlm import VLM, VOCABULARY, ImageConfig, ProjectorConfig, VLMConfig, part_of
 from neva.training.stage import PARTS
 
 Places = Mapping[str, tuple[Path, ...]]
@@ -34,6 +33,8 @@ class Found:
     decoder: DecoderConfig | None = None
     vision: VisionConfig | None = None
     image: ImageConfig | None = None
+    projector: ProjectorConfig | None = None
+    """A projector by itself."""
     tokenizer: str = ""
     template: str = ""
     """Its chat format: a name, a Jinja text, or empty for its tokenizer's own."""
@@ -52,9 +53,11 @@ def look(path: Path, *more: Path) -> Found:
         "template": described.get("template") or "",
         "system": described.get("system"),
     }
-    if "model" not in described:
-        return Found(vision=tree.from_dict(VisionConfig, described["vision"]))
-    model = tree.from_dict(VLMConfig, described["model"])
+    model = store.model_of(folder, described)
+    if isinstance(model, ProjectorConfig):
+        return Found(projector=model)
+    if isinstance(model, VisionConfig):
+        return Found(vision=model)
     return Found(model=model, decoder=model.decoder, vision=model.vision, image=model.image if model.vision else None, **text)
 
 
@@ -64,6 +67,8 @@ def _source(folder: Path) -> Source:
 
 def _of_sources(sources: list[Source]) -> Found:
     model, vision, _ = compose(sources, Options())
+    if isinstance(sources[0].model, ProjectorConfig):
+        return Found(projector=sources[0].model)
     if model is None:
         return Found(vision=vision, image=sources[0].image)
     tokenizer = str(sources[0].tokenizer) if sources[0].has_tokenizer else ""
@@ -206,6 +211,10 @@ def replaced(asked: TrainConfig, stage: TrainConfig) -> str:
     changed = [name for name in names if getattr(asked.model, name) != getattr(stage.model, name)]
     if not stage.init.model or not changed:
         return ""
+    if stage.model.vision is None:
+        says = "init.model is a model of text, which trains without images"
+        fix = "to build a model that sees on it name it as init.decoder"
+        return f"Stage {stage.name}: {says}; {fix}" if asked.model.vision is not None else ""
     brought = ", ".join(f"{name}={_short(getattr(stage.model, name), getattr(asked.model, name))}" for name in changed)
     return f"Stage {stage.name}: init.model brings {brought} (the recipe has otherwise; say so with model.… to keep it)"
 
@@ -238,6 +247,8 @@ def check_fit(stage: TrainConfig, places: Places) -> None:
             one = f"{wrong[0]} has {theirs.get(wrong[0], 'nothing')} there and {mine.get(wrong[0], 'nothing')} here"
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             fix = "leave out the overrides of its sizes, or take it from a model of these"
+            if found.projector is not None and found.projector.name != stage.model.projector:
+                fix = f"say model.projector={found.projector.name}, or take another"
             raise ValueError(f"stage {stage.name}: init.{field} is of another model: {one}{more}; {fix}")
 
 
@@ -254,7 +265,9 @@ def _shapes(model: VLMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _part_shapes(model: VLMConfig, found: Found) -> dict[str, tuple[int, ...]]:
-    """Of a decoder or an encoder by itself."""
+    """Of a decoder, an encoder or a projector by itself."""
+    if found.projector is not None:
+        return {name: tuple(shape) for name, shape in found.projector.shapes().items()}
     if found.decoder is not None:
         return _shapes(VLMConfig(decoder=found.decoder, vision=None, projector="none"))
     return _shapes(replace(model, vision=found.vision)) if model.vision is not None else {}

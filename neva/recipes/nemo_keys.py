@@ -234,6 +234,10 @@ KEYS: dict[str, Rule] = {
         "to",
         "model.decoder.balance, times layers / active_experts (Megatron adds up over layers)",
     ),
+    "model.moe_router_load_balancing_type": (
+        "none",
+        "aux_loss is what moe_aux_loss_coeff weighs, none makes model.decoder.balance 0; with experts others are refused",
+    ),
     "model.moe_grouped_gemm": ("none", "names a kernel"),
     "model.moe_token_dispatcher_type": ("none", "every rank computes all experts of its tokens"),
     "model.moe_*": ("no", "the router is Mixtral's: softmax over all experts, the likeliest k, their weights adding up to 1"),

@@ -1,7 +1,6 @@
 """Folders that are a little other than usual: old buffers, mixed dtypes, odd processors, cut-off and refused conversions, and what is no model."""
 
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -123,7 +122,6 @@ def test_another_archive_of_the_same_name_is_unpacked_and_imported_anew(tmp_path
     first = api.import_checkpoint([path], say=quiet)
     assert api.import_checkpoint([path], say=quiet) == first
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(gate, "need_transformers", lambda: None)
         patch.setattr(hf, "write", lambda *args, **more: (_ for _ in ()).throw(Killed))
         come_in(path, to=tmp_path / "neva")
     assert (tmp_path / "neva.unpacked").exists()
@@ -168,15 +166,6 @@ def test_a_refusal_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="not finite"):
         come_in(tmp_path / "hf", to=tmp_path / "again")
     assert not list(tmp_path.glob("again*"))
-
-
-def test_transformers_is_missed_before_anything_is_written(tmp_path, monkeypatch):
-    """Without it there is no comparison; that is said at once."""
-    build(llama(), tmp_path / "hf")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(hf, "write", None)
-    with pytest.raises(ValueError, match=r"pip install 'neva\[hf\]'"):
-        come_in(tmp_path / "hf", to=tmp_path / "neva")
 
 
 @pytest.mark.parametrize("out", [".", ".."])
@@ -309,7 +298,9 @@ def processed(folder: Path, **fields) -> None:
         ({"size": {"shortest_edge": 28}, "do_center_crop": False}, "a square .*, or shortest_edge and then a crop"),
         ({"size": {"height": 28, "width": 31}}, "a square .*, or shortest_edge and then a crop"),
         ({"size": {"height": 28, "width": 28}, "do_center_crop": True}, "and then a crop; a square"),
-        ({"size": {"shortest_edge": 31}, "crop_size": {"height": 28, "width": 28}}, "resizes to 31 and crops to"),
+        ({"size": {"shortest_edge": 28}, "crop_size": {"height": 31, "width": 31}}, "resizes to 28 and crops to .* a square of at most 28"),
+        ({"size": {"shortest_edge": 31}, "crop_size": {"height": 28, "width": 27}}, "resizes to 31 and crops to"),
+        ({"size": {"shortest_edge": 31}, "crop_size": 28, "do_pad": True}, "resizes to 31 and crops to .* only equal sizes"),
         ({}, "says size=None; a square"),
         ({"size": 28, "resample": 5}, r"preprocessor_config.json says resample=5; 0 \(nearest\), 1 \(lanczos\)"),
         ({"size": 28, "do_rescale": False}, "preprocessor_config.json says do_rescale=False"),
@@ -553,15 +544,3 @@ def test_a_pair_of_gpt2_files_is_a_tokenizer(tmp_path, monkeypatch):
         come_in(folder, to=tmp_path / "again", template="plain")
     (folder / "merges.txt").unlink()
     assert inspect(folder)["tokenizer"] == "none"
-
-
-def test_the_hub_is_asked_for_every_tokenizer(monkeypatch):
-    """What `load_tokenizer` looks for in a folder is among what is fetched."""
-    from fnmatch import fnmatch
-
-    from neva.data.tokenizer import FILES, PAIRS
-
-    asked: list[str] = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.extend(allow_patterns) or os.curdir)
-    api.fetch("hf:org/name")
-    assert all(any(fnmatch(file, pattern) for pattern in asked) for file in (*FILES, *PAIRS.values()))
