@@ -49,8 +49,7 @@ def test_d() -> None:
     assert not (encoded.labels[: start + len(body)] >= 0).any()
 
 
-@pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize("kind", "dxh")
+@pytest.mark.parametrize(("kind", "joined"), [("d", False), ("d", True), ("x", False), ("h", False)])
 def test_a_prompt_spells_its_tags_and_features(kind: str, joined: bool) -> None:
     """As far as they stand in the sequence. Read again, text by text, it is the prompt's ids."""
     layout = replace({"d": D, "x": X, "h": H}[kind], tag_tokens="joined" if joined else "apart")
