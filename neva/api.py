@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import neva
 from neva import config as tree
-from neva import plan, recipes
+from neva import plan
 from neva.batch import ImageLayout
 from neva.checkpoint import store
 from neva.checkpoint.convert import import_model, lacks_encoder
@@ -32,17 +32,19 @@ from neva.data.preview import grid_picture
 from neva.data.sample import MARKER, Picture, Sample, Turn
 from neva.data.source import LlavaSource
 from neva.data.tiling import tiling
+from neva.data.workers import check_main
 from neva.evaluate import held_out
 from neva.evaluate import report as pages
 from neva.evaluate import run as evaluation
 from neva.evaluate.predictions import Predictions
 from neva.evaluate.question import Judged, Question, questions, suited
-from neva.infer.generate import Loaded, Sampling, load, untrusted
+from neva.infer.generate import Loaded, Sampling, load
 from neva.infer.generate import generate as generate_batch
 from neva.job import NAMED, InitConfig, TrainConfig
 from neva.parallel import machine
 from neva.parallel import mesh as ranks
-from neva.recipes import inits, nemo_yaml
+from neva.recipes import going_on, inits, nemo_yaml
+from neva.recipes.chosen import chosen_stages
 from neva.recipes.nemo_yaml import Line
 from neva.recipes.resolve import (
     check_systems,
@@ -53,7 +55,7 @@ from neva.recipes.resolve import (
     with_epochs,
 )
 from neva.training import loop
-from neva.training.epochs import estimate
+from neva.training.epochs import estimate, with_known_steps
 from neva.training.stage import check, frozen_changed, parameter_table
 
 __all__ = [
@@ -78,6 +80,7 @@ def recipe(
     name: str,
     overrides: tree.Overrides = (),
     *,
+    resume: str | None = None,
     say: Callable[[str], None] | None = None,
     trust_code: bool = False,
 ) -> tuple[TrainConfig, ...]:
@@ -87,38 +90,25 @@ def recipe(
     `say` gets a line for each stage in which a checkpoint named by `init` puts its own model in the recipe's place.
     ValueError for a function to run (`image.process`) that neither the recipe nor an override
     names but such a checkpoint, unless `trust_code`. Of what `init` names only configs are read.
+    `resume` is as in `train`: a run that goes on needs no folder that it began from.
     """
-    return _recipe(name, overrides, place=_texts, say=say, trust_code=trust_code)
+    return chosen_stages(
+        name,
+        overrides,
+        place=_texts,
+        is_gone=_is_gone,
+        say=say,
+        trust_code=trust_code,
+        resume=os.path.expanduser(resume or ""),
+    )
 
 
-def _recipe(
-    name: str,
-    overrides: tree.Overrides,
-    *,
-    place: Callable[[InitConfig], inits.Places],
-    say: Callable[[str], None] | None,
-    trust_code: bool,
-) -> tuple[TrainConfig, ...]:
-    changes = with_epochs(overrides)
-    stages = tree.override(recipes.get(name), changes, named=NAMED)
-    if name.endswith((".yaml", ".yml")) or all(stage.init == InitConfig() for stage in stages):
-        return inits.with_own(stages, place)
-    # What was asked for comes before what init brings.
-    filled = tree.override(inits.fill(stages, place), changes, named=NAMED)
-    filled = inits.with_own(filled, place)
-    own = None
-    for asked, stage in zip(stages, filled, strict=True):
-        image = stage.model.image
-        if image.process not in ("", asked.model.image.process) and not trust_code:
-            brought = f"stage {stage.name}: its init {untrusted(image)}"
-            raise ValueError(f"{brought}, or leave it out with model.image.process=")
-        if say is not None and (line := inits.replaced(asked, stage)):
-            say(line)
-        if stage.init != InitConfig():  # else it goes on from the model of the stage before
-            own = inits.own_format(stage, place) if stage.init.model else None
-        if say is not None and (line := inits.said_of_format(asked, stage, own)):
-            say(line)
-    return filled
+def _is_gone(source: str) -> bool:
+    """Is what `init` names not to be had?"""
+    try:
+        return not fetch(source).exists()
+    except ValueError:
+        return True
 
 
 def import_checkpoint(
@@ -304,9 +294,19 @@ def train(
     `trust_code` lets a function run (`image.process`) that a checkpoint named by `init` brings.
     Raises ValueError for what the user can mend, `Stopped` after a signal.
     """
+    check_main()
+    resume = os.path.expanduser(resume or "")
     if isinstance(stages, str):
         place = partial(_readable, say=say)
-        chosen = _recipe(stages, overrides, place=place, say=say, trust_code=trust_code)
+        chosen = chosen_stages(
+            stages,
+            overrides,
+            place=place,
+            is_gone=_is_gone,
+            say=say,
+            trust_code=trust_code,
+            resume=resume,
+        )
     else:
         chosen = tree.override(stages, with_epochs(overrides), named=NAMED)
     resolved = resolve(chosen)
@@ -317,10 +317,11 @@ def train(
     for stage in resolved:
         inits.check_fit(stage, _readable(stage.init, say=say))
     resolved = tuple(replace(stage, init=_imported(stage.init, say)) for stage in resolved)
+    resolved = going_on.with_begun_init(resolved, going_on.checkpoint_of(resolved, resume))
     try:
         last = loop.train(
             resolved,
-            resume=resume or "",
+            resume=resume,
             on_check=held_out.check,
             on_evaluate=_score,
             say=say,
@@ -329,6 +330,8 @@ def train(
         _leave_report(resolved[0].out, say)
         raise
     _leave_report(resolved[0].out, say)
+    if os.environ.get("RANK", "0") == "0":
+        say(going_on.next_commands(last))
     return last
 
 
@@ -359,25 +362,50 @@ def dry_run(
     *,
     ranks: int = 1,
     gpu_memory: float | None = None,
+    resume: str | None = None,
     trust_code: bool = False,
     say: Callable[[str], None] = tree.tell,
 ) -> None:
     """All that `train` does before its first step, without weights: files, sizes, data, the trainable set.
 
     Says the memory that each stage needs on each of `ranks`, and whether the device found has it, or a
-    GPU of `gpu_memory` GiB.
+    GPU of `gpu_memory` GiB. With `resume` also whether the run can go on from its checkpoint, as
+    `train` takes it.
     """
-    resolved = resolve(recipe(name, overrides, say=say, trust_code=trust_code))
+    resume = os.path.expanduser(resume or "")
+    chosen = chosen_stages(
+        name,
+        overrides,
+        place=_texts,
+        is_gone=_is_gone,
+        say=say,
+        trust_code=trust_code,
+        resume=resume,
+    )
+    resolved = resolve(chosen)
     say_mock(resolved, say)
     say_templates(resolved, say)
+    found = loop.find(resolved, resume, say)
     make_data(resolved, say)
     check_systems(resolved)
     for stage in resolved:
         check(replace(stage, init=InitConfig()), world=ranks)
         inits.check_fit(stage, _texts(stage.init))
         held_out.check(stage, say)
-    for stage in resolved:
-        say(parameter_table(estimate(stage, say)))
+    begun = with_known_steps(loop.with_date(resolved, found), found)
+    told: set[str] = set()
+    sized = tuple(estimate(stage, say, told=told) for stage in begun)
+    if found is not None:
+        without_init = tuple(replace(stage, init=InitConfig()) for stage in sized)
+        loop.check_start(
+            loop.with_precision(without_init),
+            found,
+            world=ranks,
+            say=say,
+        )
+        say(f"The run can go on from {found}")
+    for stage in sized:
+        say(parameter_table(stage))
     judged_by = machine.found() if gpu_memory is None else machine.asked(gpu_memory)
     definite = tuple(replace(stage, precision=_precision(stage, asked=gpu_memory is not None)) for stage in resolved)
     say(plan.table(definite, ranks=ranks, machine=judged_by))
@@ -551,7 +579,7 @@ def evaluate(
 
 def _score(config: TrainConfig, checkpoint: Path) -> dict[str, float]:
     """The loop's evaluation: accuracy per kind on the stage's held-out file. Each rank asks its share of the questions."""
-    source = held_out.open_source(config.evaluate)
+    source = held_out.open_source(config.evaluate, links=config.data.links)
     loaded = _load_own(config, checkpoint)
     judged = evaluation.evaluate(loaded, source, rank=ranks.rank(), world=ranks.world())
     everything = [j for part in ranks.share(judged) for j in part]
@@ -576,7 +604,10 @@ def demo(overrides: tree.Overrides = (), *, say: Callable[[str], None] = tree.te
     stages = resolve(recipe("demo", overrides))
     run = Path(stages[0].out)
     before = sum(line["seconds"] for line in pages.metrics(run)) if (run / "metrics.jsonl").exists() else 0.0
-    last = train(stages, resume="auto", say=say)
+    try:
+        last = train(stages, resume="auto", say=say)
+    except loop.Stopped as stopped:
+        raise loop.Stopped(going_on.stopped_demo(stopped.message, overrides), stopped.exit_code) from None
     begun = tree.load(run / "config.yaml", TrainConfig)
     pairs = zip(stages, begun, strict=True)
     stages = tuple(replace(stage, steps=one.steps) for stage, one in pairs)

@@ -122,14 +122,14 @@ def train(
     from neva import api
 
     if dry_run:
-        asked = _given({"gpu_memory": gpu_memory, **trust})
+        asked = _given({"gpu_memory": gpu_memory, "resume": resume, **trust})
         api.dry_run(recipe, overrides, ranks=nproc or 1, **asked)
         return
     if nproc is not None:
         from neva import launch
 
         # a wrong key is said once, before any rank starts
-        api.recipe(recipe, overrides, **_given(trust))
+        api.recipe(recipe, overrides, resume=resume, **_given(trust))
         flags = ["--traceback"] if ctx.find_root().params["traceback"] else []
         options = ["--resume", resume] if resume else []
         options += ["--trust-code"] if _given(trust) else []

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
@@ -29,6 +29,9 @@ Named = Mapping[type, Mapping[str, Any] | Callable[[str], Any]]
 
 Overrides = Sequence[str | tuple[str, Any]] | Mapping[str, Any]
 """Changes of a config: texts such as `a.b=c`, or keys with values of Python, as pairs or in a dict."""
+
+FilePath = Annotated[str, "path"]
+"""A file, a folder, or a word in place of one. At its front `~` is the user's home: a shell does not expand it in `key=~/file`."""
 
 Limits = Mapping[str, tuple[int | float, int | float]]
 """Name of a number -> its least and most, both floats where it need not be whole."""
@@ -415,6 +418,8 @@ def _build_leaf(kind: Any, value: Any, key: str) -> Any:
         raise _wrong(key, value, kind)
     if kind is float and isinstance(value, str):
         value = re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", value, flags=re.I)  # YAML's spelling
+    if kind == FilePath and isinstance(value, str | int | float):
+        return os.path.expanduser(str(value))
     if kind is str and isinstance(value, str | int | float):
         return str(value)
     try:
@@ -602,6 +607,8 @@ def _wanted(kind: Any) -> str:
     """The annotation in words: "a float", "one of 'pad', 'crop'"."""
     if kind is types.NoneType:
         return "null"
+    if kind == FilePath:
+        return "a path"
     if isinstance(kind, type) and is_dataclass(kind):
         return f"a mapping of {kind.__name__}'s fields"
     origin, args = typing.get_origin(kind), typing.get_args(kind)

@@ -7,9 +7,11 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from os.path import expanduser
 from typing import Literal
 
 from neva import config as tree
+from neva.config import FilePath
 from neva.data.pack import POOL
 from neva.models.decoder import DecoderConfig
 from neva.models.presets import DECODERS, VISION, VLMS
@@ -38,10 +40,11 @@ class MockConfig:
 class SourceConfig:
     """One data set of a blend."""
 
-    path: str = ""
+    path: FilePath = ""
     """A LLaVA-format .json or .jsonl file; empty where `mock` is given. `{out}` stands for the run folder."""
-    image_folder: str = ""
-    """Folder that the samples' image paths are relative to; nothing outside it is read. `{out}` stands for the run folder."""
+    image_folder: FilePath = ""
+    """Folder that the samples' image paths are relative to; nothing outside it is read, but what
+    links lead to under `data.links`. `{out}` stands for the run folder."""
     weight: float | None = None
     """Share of the trained samples that are of this source, relative to the others; a sample that
     is left out is replaced by the source's next. Sources without a weight go through their samples
@@ -61,17 +64,17 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = ()
     """The blend."""
-    source: str = ""
+    source: FilePath = ""
     """One-element spelling of `sources`: a file; takes the place of `sources`."""
-    image_folder: str = ""
+    image_folder: FilePath = ""
     """One-element spelling of `sources`: the image folder."""
-    folder: str = ""
+    folder: FilePath = ""
     """Where a recipe's named sources are: NAME.jsonl or NAME.json, and NAME/ with its images; takes the place of their `mock`."""
     absent: Literal["stop", "skip"] = "stop"
     """Named sources that `folder` does not hold are an error, or are left out."""
-    tokenizer: str = ""
+    tokenizer: FilePath = ""
     """A SentencePiece `.model`, a `tokenizer.json`, or a folder that holds one."""
-    template: str = ""
+    template: FilePath = ""
     """Chat format: a name (`plain` is LLaVA's pretraining, `v1` Vicuna's; `neva templates` lists them), a file of Jinja, or its text;
     empty for the tokenizer's own. `own` is that of the checkpoint that the stage starts from
     (`init`), which a stage with `init.model` takes by itself."""
@@ -95,6 +98,9 @@ class DataConfig:
     its place, but where only decoding shows the damage: that leaves padding."""
     over_long: Literal["drop", "truncate", "error"] = "drop"
     """A sample longer than `batch.seq_length`: left out and counted, cut at the end, or an error."""
+    links: bool = False
+    """May a link inside an image folder lead outside it, as in a cache of the Hugging Face Hub? A
+    file of a stranger's could link to any image of yours."""
     fewer_tiles: bool = False
     """Cut the images of a sample that is longer than a row, or has more tiles, into fewer tiles first (12, 8, 6, 4, 2, 1), and count it."""
 
@@ -144,15 +150,15 @@ class OptimConfig:
 class InitConfig:
     """Where a stage's weights come from; empty, or equal to the `init` of the stage before: that stage, or fresh ones for the first."""
 
-    model: str = ""
+    model: FilePath = ""
     """A whole model to start from: a neva checkpoint (a `step_N` folder, a run folder, an import), a Hugging Face folder, or hf:org/name."""
-    decoder: str = ""
+    decoder: FilePath = ""
     """Where this part comes from in place of `model`'s: a checkpoint or folder as above, or `fresh`, which draws it anew from the seed."""
-    vision: str = ""
+    vision: FilePath = ""
     """The same of the encoder."""
-    projector: str = ""
+    projector: FilePath = ""
     """The same of the projector; a neva checkpoint or `fresh`."""
-    cross: str = ""
+    cross: FilePath = ""
     """The same of the cross-attention layers, which are drawn anew where the decoder comes from a model without them."""
 
 
@@ -190,9 +196,9 @@ class EvaluateConfig:
 
     every: int = 0
     """Steps between evaluations, each after a checkpoint; 0 for none."""
-    source: str = ""
+    source: FilePath = ""
     """A LLaVA-format file. `{out}` stands for the run folder."""
-    image_folder: str = ""
+    image_folder: FilePath = ""
     """Folder of its images. `{out}` stands for the run folder."""
 
 
@@ -237,7 +243,7 @@ class TrainConfig:
     """Held-out samples that are asked while training."""
     seed: int = 0
     """What fresh weights, the order of the data and dropout depend on."""
-    out: str = "runs/run"
+    out: FilePath = "runs/run"
     """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/."""
 
 
@@ -252,7 +258,7 @@ NAMED: dict[type, Mapping[str, object] | Callable[[str], object]] = {
     DecoderConfig: DECODERS,
     VisionConfig: VISION,
     VLMConfig: VLMS,
-    InitConfig: lambda path: InitConfig(model=path),
+    InitConfig: lambda path: InitConfig(model=expanduser(path)),
 }
 """What a sub-config may be set to by one word: a preset's name, or a function of the word (`init=PATH`)."""
 

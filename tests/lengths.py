@@ -35,6 +35,10 @@ class Lengths:
         turns = (Turn(role="user", text="x"), Turn(role="assistant", text=str(self.lengths[index])))
         return Sample(source=self.name, id=str(index), turns=turns, images=())
 
+    @property
+    def fingerprint(self) -> str:
+        return str(list(self.lengths))
+
     def usable(self, seq_length: int) -> int:
         return sum(0 < length <= seq_length for length in self.lengths)
 

@@ -278,12 +278,8 @@ def load_training(step_folder: Path, *, into: Training) -> Resumed:
     Collective. `tensors` are matched as strictly as weights. `per_rank` is filled where the checkpoint has it for this rank.
     Raises CheckpointError for a mismatch, and for a checkpoint without training state.
     """
+    state = load_state(step_folder)
     folder = Path(step_folder) / "training"
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{step_folder} holds weights but no training state (it was imported), so a run cannot be resumed from it. "
-            f"Start a new run from its weights: init.model={step_folder}"
-        )
     stored = _stored(folder)
     rank, _ = _place()
     owned = {f"rank{rank}/{name}": tensor for name, tensor in into.per_rank.items()}
@@ -291,8 +287,22 @@ def load_training(step_folder: Path, *, into: Training) -> Resumed:
     filled = {name: tensor for name, tensor in owned.items() if kinds.get(name) == (tensor.shape, tensor.dtype)}
     _match({name: stored[name] for name in stored if not OWN.match(name)}, into.tensors, folder)
     _read_tensors(folder, {**into.tensors, **filled})
-    state = from_json((folder / "state.json").read_text(encoding="utf-8"))
     return Resumed(state=state, skipped=tuple(OWN.sub("", name) for name in owned if name not in filled))
+
+
+def load_state(step_folder: Path) -> dict[str, Any]:
+    """What `Training.state` was when the checkpoint was saved. Local. CheckpointError for one
+    without training state, or whose state cannot be read."""
+    folder = Path(step_folder) / "training"
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{step_folder} holds weights but no training state (it was imported), so a run cannot be resumed from it. "
+            f"Start a new run from its weights: init.model={step_folder}"
+        )
+    try:
+        return from_json((folder / "state.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(explain_reading(error, folder=folder)) from None
 
 
 # Ranks. Without a process group this is one rank and no communication.

@@ -22,6 +22,11 @@ class Bad:
     source: str
     id: str
     message: str
+    tokens: int = 0
+    """Its length if it is too long, and its tiles."""
+    tiles: int = 0
+    unread: tuple[str, ...] = ()
+    """`Sample.unread`."""
 
 
 @dataclass
@@ -46,6 +51,8 @@ class Draws:
     """The first `NAMED` that were left out: source, id and message."""
     reduced: int = field(default=0, init=False)
     """Samples whose images were cut into fewer tiles."""
+    fresh: list[Bad] = field(default_factory=list, init=False)
+    """What was left out since this list was last cleared."""
 
     def __post_init__(self) -> None:
         self._streams = self.blend.streams
@@ -78,6 +85,7 @@ class Draws:
         self.left_out = dict(state["left_out"])
         self.names = [list(one) for one in state["names"]]
         self.reduced = state["reduced"]
+        self.fresh.clear()
 
     def _usable(self, stream: int) -> Item:
         while True:
@@ -94,6 +102,7 @@ class Draws:
         if bad.why in self.stop_at:
             raise SampleError(bad.source, bad.id, bad.message)
         self.left_out[bad.why] += 1
+        self.fresh.append(bad)
         if len(self.names) < NAMED:
             self.names.append([bad.source, bad.id, bad.message])
         self._barren[ref.source] += 1

@@ -28,6 +28,11 @@ class Measure:
     tiles: int
     max_tiles: int = 0
     """The limit on an image's tiles at which it was measured; 0 is the layout's own."""
+    whole: int = 0
+    """Its tokens before it was cut to a row; 0 if it was not."""
+    images: int = 0
+    unread: tuple[str, ...] = ()
+    """`Sample.unread`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +181,13 @@ class Encoder:
             draft = draft if length is None else draft.cut(length)
         except ValueError as error:
             raise _named(sample, error) from None
-        return Measure(tokens=len(draft.tokens), tiles=draft.tiles, max_tiles=max_tiles)
+        return Measure(
+            tokens=len(draft.tokens),
+            tiles=draft.tiles,
+            max_tiles=max_tiles,
+            images=len(draft.images),
+            unread=sample.unread,
+        )
 
     def fit(self, sample: Sample, *, length: int, tiles: int) -> Measure:
         """The sample measured with as many tiles an image as let it have at most `length` tokens and `tiles` tiles in all.

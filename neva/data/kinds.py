@@ -24,10 +24,11 @@ STARTS: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file: git lfs pull"),
 )
 """How files begin, what they are, and what to do."""
+PAGE = "a web page, perhaps that of a failed download"
 MARKUP: tuple[tuple[bytes, str, str], ...] = (
     (b"<svg", "an SVG drawing", "draw it as PNG (rsvg-convert)"),
-    (b"<html", "a web page, perhaps that of a failed download", "download the image again"),
-    (b"<!doctype html", "a web page, perhaps that of a failed download", "download the image again"),
+    (b"<html", PAGE, "download the image again"),
+    (b"<!doctype html", PAGE, "download the image again"),
 )
 """Words of markup near the front."""
 

@@ -8,7 +8,8 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
@@ -17,13 +18,15 @@ import torch
 from torch import Tensor
 
 from neva.batch import Batch
+from neva.data import identity
 from neva.data.draw import NAMED, Bad, Draws, item_of
 from neva.data.encode import Encoder, Measure
 from neva.data.order import Blend, Order, Ref
 from neva.data.pack import POOL, Budget, Item, Packer, Waiting, collate
 from neva.data.sample import Encoded, Sample, SampleError
-from neva.data.source import Source
-from neva.data.survey import Survey, Volume, sample_order, volume
+from neva.data.seen import MOST_BROKEN, Unread
+from neva.data.source import DataSet
+from neva.data.survey import PROBE, Survey, Volume, sample_order, volume
 from neva.data.workers import Crew
 
 TILE_COST = 1 << 20
@@ -68,7 +71,7 @@ class LoaderOptions:
 class Desk:
     """What a worker's tasks need; sent once."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[DataSet, ...]
     encoder: Encoder
     budget: Budget
     options: LoaderOptions
@@ -82,6 +85,8 @@ class Plan:
     """This rank's micro-batches."""
     state: dict[str, Any]
     """The loader's state once this step is yielded."""
+    left_out: list[Bad]
+    """On the way from the step before."""
 
 
 def alone(part: object) -> list[Any]:
@@ -103,7 +108,7 @@ class Loader:
     cannot be read (on_error "stop") or is too long (over_long "error").
     """
 
-    sources: Sequence[Source]
+    sources: Sequence[DataSet]
     encoder: Encoder
     budget: Budget
     options: LoaderOptions
@@ -116,6 +121,10 @@ class Loader:
     share: Callable[[Any], list[Any]] = alone
     row_cost: Callable[[Sequence[Item]], float] = row_cost
     """What rows are dealt by, so that ranks finish together."""
+    skipped: list[Bad] = field(default_factory=list, init=False)
+    """What was left out on the way to the last step yielded."""
+    unread: Unread = field(default_factory=Unread, init=False)
+    """Keys of rows that say nothing to their source."""
     _crew: Crew = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -157,9 +166,17 @@ class Loader:
         if isinstance(plan, ValueError):
             raise plan
         self._planned.popleft()
+        before = self._state
+        lost = len(self._undecoded)
         built = self._await(plan.waits)
         self._state = plan.state
-        self._check_trained()
+        try:
+            self._check_trained()
+        except ValueError:  # the step is not yielded: the state is that of the last one that was
+            self._state = before
+            del self._undecoded[lost:]
+            raise
+        self.skipped = plan.left_out + self._undecoded_now
         return tuple(part.batch for part in built)
 
     def _check_trained(self) -> None:
@@ -190,7 +207,8 @@ class Loader:
         told = self.share(([one for part in built for one in part.bad], failure))
         if failures := dict.fromkeys(text for _, text in told if text):
             raise ValueError("; ".join(failures))
-        self._undecoded += [(one.source, one.id, one.message) for bad, _ in told for one in bad]
+        self._undecoded_now = [one for bad, _ in told for one in bad]
+        self._undecoded += [(one.source, one.id, one.message) for one in self._undecoded_now]
         return built
 
     @property
@@ -235,23 +253,34 @@ class Loader:
         trained = [count - by_source[name] for count, name in packed]
         return self._state | {"trained": trained, "draws": draws | told}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where the loader that gave `state` stood, whatever its ranks and workers.
+    def check_state(self, state: dict[str, Any]) -> list[str]:
+        """Raise ValueError unless this loader can go on where the one that gave `state` stood.
 
-        Raises ValueError if the sources, their weights, the seed or the row length are not those of
-        the state, or if it was saved by a version that packed otherwise.
+        That is if the samples, what they are encoded with, their weights, the seed, the row length
+        and what is done with long samples are the same, and the version that saved it packed as
+        this one does. Gives keys of these that the state, of an earlier version, does not tell.
         """
         if state.get("version") != VERSION:
             why = "trained some samples more often than others: its order cannot be gone on with"
             says = f"the saved data state is of a version of neva that {why}"
             fix = "Finish the run with that version, or start the stage anew from its weights"
             raise ValueError(f"{says}. {fix}: init.model=CHECKPOINT out=FOLDER")
-        for key, mine in self._identity().items():
-            if state.get(key) != mine:
-                raise ValueError(
-                    f"the saved data state has {key} {state.get(key)} but this run has {mine}: its samples would be lost or repeated. "
-                    "Put it back, or start the stage anew from the weights (init.model) without its data state"
-                )
+        untold = identity.compare(state, self._identity)
+        for item in _waiting(state["packer"]).items:
+            self._check_fits(item[1])
+        return untold
+
+    def _check_fits(self, item: Item) -> None:
+        if not self.budget.fits(item):
+            limit = f"batch.max_tiles={self.budget.max_tiles}"
+            source = self._names[item.source]
+            what = f"a sample of '{source}' with {item.tiles} tiles waits in the saved data state"
+            raise ValueError(f"{what}, more than {limit}: put batch.max_tiles back")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where the loader that gave `state` stood, whatever its ranks and workers.
+        Raises as `check_state`."""
+        self.check_state(state)
         self._begin()
         self._draws.restore(state["draws"])
         self._order.drawn = list(self._draws.drawn)
@@ -266,17 +295,18 @@ class Loader:
         most: int | None = None,
         seconds: float | int = math.inf,
         strict: bool = True,
+        begun: Survey | None = None,
     ) -> Survey:
         """Measures all samples, or `most` of them, or, alone, those of so many seconds; all ranks
-        and workers share the work.
+        and workers share the work. `begun` goes on from an earlier survey.
 
-        Collective. It does not touch the order. `strict` raises SampleError for a sample at
-        which training would stop.
+        Collective. It does not touch the order. `strict` raises SampleError for samples at
+        which training would stop, naming the first, once all are measured or a hundred are found.
         """
         assert self.world == 1 or seconds == math.inf, "ranks would stop at different samples"
         end = time.monotonic() + seconds
-        found = Survey.begin(self._blend)
-        wanted = sample_order(self._lengths, self.options.seed)[:most]
+        found = Survey.begin(self._blend) if begun is None else begun
+        wanted = sample_order(self._lengths, self.options.seed)[found.measured : most]
         block = BLOCK * self.world
         starts = iter(range(0, len(wanted), block))
         waits: deque[tuple[list[Ref], Callable[[], list[Measure | Bad]]]] = deque()
@@ -290,10 +320,52 @@ class Loader:
             parts = self._share_part(wait)
             for place, ref in enumerate(refs):
                 outcome = parts[place % self.world][place // self.world]
-                if strict and isinstance(outcome, Bad) and outcome.why in self._stop_at:
-                    raise SampleError(outcome.source, outcome.id, outcome.message)
+                self.unread.add(self._names[ref.source], outcome.unread)
                 found.add(ref.source, ref.index, outcome)
+                if strict and isinstance(outcome, Bad) and outcome.why == "long":
+                    self._stop_at_long(outcome)
+            if found.seen.broken >= MOST_BROKEN and strict and "broken" in self._stop_at:
+                break
+        first = found.seen.first()
+        if strict and first is not None and "broken" in self._stop_at:
+            raise first
         return found
+
+    def _stop_at_long(self, bad: Bad) -> None:
+        if "long" in self._stop_at:
+            raise SampleError(bad.source, bad.id, bad.message)
+
+    def look(self, *, patience: float, strict: bool = True) -> Survey:
+        """A survey of all samples if that takes less than so many seconds, else of `PROBE`.
+        Collective; raises as `survey`."""
+        # Workers start up while they measure the first of them.
+        begun = self.survey(most=BLOCK * self.world, strict=strict)
+        warm = begun.measured
+        since = time.monotonic()
+        found = self.survey(most=PROBE, strict=strict, begun=begun)
+        taken = max(self.share(time.monotonic() - since))
+        left = sum(self._lengths) - found.measured
+        if taken / max(1, found.measured - warm) * left > patience:
+            return found
+        return self.survey(strict=strict, begun=found)
+
+    def told(self, survey: Survey) -> str:
+        """A line on what a survey found."""
+        longest = survey.seen.longest
+        clauses = survey.seen.told(
+            total=sum(self._lengths),
+            layout=self.encoder.layout,
+            budget=self.budget,
+            longest=self._called(longest.source, longest.index),
+        )
+        return "; ".join(clauses)
+
+    def _called(self, source: int, index: int) -> str:
+        try:
+            id = self.sources[source][index].id
+        except SampleError as error:
+            id = error.id
+        return f"sample '{id}' of '{self._names[source]}'"
 
     def volume(self, survey: Survey, *, steps: int = 0, epochs: float | int = 0) -> Volume | None:
         """What so many steps hold: `survey.volume`."""
@@ -328,20 +400,33 @@ class Loader:
         self._ordered = [0] * len(self._shares)
         self._step, self._last_items = 0, 0
         self._undecoded: list[tuple[str, str, str]] = []
+        self._undecoded_now: list[Bad] = []
         self._state = self._snapshot()
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
+        """What a state belongs to. Ranks, workers and the pool may change."""
+        options = self.options
+        lengths = zip(self._names, self._lengths, strict=True)
+        # What decides how an item that waits was measured.
+        tile_limit = self.budget.max_tiles if options.fewer_tiles else 0
+        over_long = "truncate" if options.over_long == "truncate" else "drop or error"
         return {
             "version": VERSION,
-            "sources": [[name, length] for name, length in zip(self._names, self._lengths, strict=True)],
+            "sources": [[name, length] for name, length in lengths],
             "weights": list(self._blend.weights),
-            "seed": self.options.seed,
-            "shuffle": self.options.shuffle,
+            "seed": options.seed,
+            "shuffle": options.shuffle,
             "seq_length": self.budget.seq_length,
+            **identity.of_encoder(self.encoder),
+            "data.over_long": over_long,
+            "data.fewer_tiles": options.fewer_tiles,
+            "batch.max_tiles with data.fewer_tiles": tile_limit,
+            "the data file of": {source.name: source.fingerprint for source in self.sources},
         }
 
     def _snapshot(self) -> dict[str, Any]:
-        return self._identity() | {
+        return self._identity | {
             "step": self._step,
             "draws": self._draws.state(),
             "packer": _plain(self._packer.state()),
@@ -364,7 +449,9 @@ class Loader:
                 waits.append(self._crew.submit(build, [rows[row] for row in ranks[self.rank]], any_tiles))
         except ValueError as error:
             return error
-        return Plan(waits=waits, state=self._snapshot())
+        left_out = list(self._draws.fresh)
+        self._draws.fresh.clear()
+        return Plan(waits=waits, state=self._snapshot(), left_out=left_out)
 
     def _next_measured(self, stream: int) -> tuple[Ref, Measure | Bad]:
         while not self._measured[stream]:
@@ -373,6 +460,7 @@ class Loader:
             parts = self._share_part(wait)
             for place, (one, ref) in enumerate(refs):
                 outcome = parts[place % self.world][place // self.world]
+                self.unread.add(self._names[ref.source], outcome.unread)
                 self._measured[one].append((ref, outcome))
         self._ordered[stream] -= 1
         return self._measured[stream].popleft()
@@ -434,12 +522,13 @@ def _measure(desk: Desk, ref: Ref) -> Measure | Bad:
     budget, cut = desk.budget, desk.options.over_long == "truncate"
     try:
         sample = desk.sources[ref.source][ref.index]
-        found = _fitted(desk, sample)
+        whole = found = _fitted(desk, sample)
         if cut and found.tokens > budget.seq_length:
             try:
                 found = desk.encoder.measure(sample, length=budget.seq_length, max_tiles=found.max_tiles)
+                found = replace(found, whole=whole.tokens)
             except SampleError as error:
-                return Bad("long", error.source, error.id, error.message)
+                return _too_long(sample, whole, error.message)
     except SampleError as error:
         return Bad("broken", error.source, error.id, error.message)
     if budget.fits(Item(ref, found.tokens, found.tiles)):
@@ -454,8 +543,19 @@ def _measure(desk: Desk, ref: Ref) -> Measure | Bad:
     fixes.append(f"set data.over_long {left}")
     has = f"it has {found.tokens} tokens and {found.tiles} tiles"
     limits = f"a row holds {budget.seq_length} and {budget.max_tiles}"
-    message = f"{has} but {limits}: {', or '.join(fixes)}"
-    return Bad("long", sample.source, sample.id, message)
+    return _too_long(sample, whole, f"{has} but {limits}: {', or '.join(fixes)}")
+
+
+def _too_long(sample: Sample, found: Measure, message: str) -> Bad:
+    return Bad(
+        "long",
+        sample.source,
+        sample.id,
+        message,
+        tokens=found.tokens,
+        tiles=found.tiles,
+        unread=sample.unread,
+    )
 
 
 def _fitted(desk: Desk, sample: Sample) -> Measure:

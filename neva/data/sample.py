@@ -54,6 +54,8 @@ class Sample:
     turns: tuple[Turn, ...]
     images: tuple[Picture, ...] = ()
     """In the order of the turns' `<image>` markers."""
+    unread: tuple[str, ...] = ()
+    """Keys of its row that say nothing to the source, in which something stands."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,8 +1,11 @@
 """Data sets: a name, a length and samples by number. Reading one decodes no image."""
 
+import difflib
+import hashlib
 import json
 import re
 import reprlib
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,18 @@ from neva.data.sample import MARKER, Sample, SampleError, Turn
 
 ROLES: dict[str, Literal["system", "user", "assistant"]] = {"human": "user", "gpt": "assistant", "system": "system"}
 """LLaVA's names of the two sides, and ours."""
+ROW_KEYS = ("id", "image", "conversations", "kind")
+TURN_KEYS = ("from", "value")
+MEANT: dict[str, str] = {
+    "images": "did you mean 'image'? It takes a path or a list of paths",
+    "system": "write it as a first turn, {from: system, value: …}",
+    "mask": "the human and system turns carry no loss, and every gpt turn does",
+    "turn.weight": "every gpt turn carries loss",
+    "turn.loss": "every gpt turn carries loss",
+    "video": "videos are not read: leave these samples out",
+    "videos": "videos are not read: leave these samples out",
+}
+"""Keys that mean something elsewhere, those of turns behind `turn.`, and what to do."""
 FORMAT = "expected the LLaVA format, [{id, image, conversations: [{from, value}]}]"
 
 
@@ -35,11 +50,25 @@ class Source(Protocol):
         ...
 
 
-class LlavaSource:
-    """LLaVA's format: a .json list or a .jsonl file of {id, image, conversations: [{from: human|gpt|system, value}]}.
+@runtime_checkable
+class DataSet(Source, Protocol):
+    """A source that can be trained on."""
 
-    `image` (a path or a list of paths, relative to `image_folder`, and never read from outside it) may be absent, `id` is the
-    row number if absent, and an optional `kind` names what the loss is reported under. Only where each row stands in the file is
+    @property
+    def fingerprint(self) -> str:
+        """Differs from that of other samples, so that a run does not go on with them. Turns and
+        the names of images count, what the images show does not."""
+        ...
+
+
+class LlavaSource:
+    """LLaVA's format: a list, or lines, of {id, image, conversations: [{from, value}]}.
+
+    `from` is human, gpt or system. `image` (a path or a list of paths) is relative to
+    `image_folder` and never read from outside it, but through links if `links` allows it, as those
+    of a Hub cache; it may be absent. `id` is the row number if absent, and an optional `kind` names
+    what the loss is reported under; other keys are `Sample.unread`. Whether a file holds a list or
+    lines is seen from its content, not from its name. Only where each row stands in the file is
     kept in memory, so that a copy in each worker is small.
 
     With `questions` a conversation may end with a question, or with an empty answer, which is left
@@ -56,8 +85,10 @@ class LlavaSource:
         name: str = "",
         *,
         questions: bool = False,
+        links: bool = False,
     ) -> None:
         self.path = Path(path)
+        self.links = links
         self.name = name or self.path.stem
         self._questions = questions
         self.folder = Path(image_folder).resolve() if str(image_folder) else None
@@ -65,8 +96,9 @@ class LlavaSource:
             raise ValueError(f"the data file {self.path} is missing: check the source's path")
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"the image folder {self.folder} is missing: check the source's image_folder")
-        self._lines = self.path.suffix != ".json"
         data = self.path.read_bytes()
+        self.fingerprint = hashed(data)
+        self._lines = _holds_lines(data, self.path)
         self._rows = _line_rows(data) if self._lines else _list_rows(data, self.path)
         if not len(self._rows):
             raise ValueError(f"the data file {self.path} holds no sample: {FORMAT}")
@@ -89,8 +121,16 @@ class LlavaSource:
                 raise ValueError(f"'kind' is {reprlib.repr(kind)}: write a text")
             images = tuple(self._image(name) for name in names)
         except ValueError as error:
-            raise SampleError(self.name, id, str(error)) from None
-        return Sample(source=self.name, id=id, kind=kind, turns=turns, images=images)
+            hints = "".join(f"; {unread(key)}" for key in _unread(row))
+            raise SampleError(self.name, id, f"{error}{hints}") from None
+        return Sample(
+            source=self.name,
+            id=id,
+            kind=kind,
+            turns=turns,
+            images=images,
+            unread=_unread(row),
+        )
 
     def _read(self, index: int) -> dict[str, Any]:
         start, end, line = (int(x) for x in self._rows[index])
@@ -115,8 +155,11 @@ class LlavaSource:
             path = (self.folder / name).resolve()
         except RuntimeError:  # before Python 3.13
             raise ValueError(f"the image path '{name}' is a link that leads to itself: put the image itself inside") from None
-        if not path.is_relative_to(self.folder):
-            raise ValueError(f"the image path '{name}' leads outside the image folder {self.folder}: put the image itself inside")
+        if not self.links and not path.is_relative_to(self.folder):
+            leads = f"the image path '{name}' leads outside the image folder {self.folder}"
+            raise ValueError(
+                f"{leads}: put the image itself inside, or allow such links with data.links=true",
+            )
         return path
 
 
@@ -155,12 +198,99 @@ class MockSource:
         turns = (Turn(role="user", text=question), Turn(role="assistant", text=" ".join(words[count // 2 :])))
         return Sample(source=self.name, id=str(index), turns=turns, images=images)
 
+    @property
+    def fingerprint(self) -> str:
+        """What the samples are a function of."""
+        return repr(self)
+
     def _image(self, random: np.random.Generator) -> Image.Image:
         coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         return Image.fromarray(coarse).resize(self.image_size, Image.Resampling.NEAREST)
 
 
 WORDS = ("a", "the", "red", "blue", "green", "small", "large", "round", "star", "tree", "house", "river", "dog", "sees", "holds", "under", "near")
+
+
+def unread(key: str) -> str:
+    """A clause on a key of `Sample.unread`."""
+    of_turns = key.startswith("turn.")
+    name = key.removeprefix("turn.")
+    known = TURN_KEYS if of_turns else ROW_KEYS
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = MEANT.get(key, f"did you mean '{close[0]}'?" if close else "")
+    where = "of its turns " if of_turns else ""
+    what = f"its key {name!r} {where}is not read"
+    return f"{what}: {hint}" if hint else what
+
+
+def _unread(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys of a row and, behind `turn.`, of its turns that are not read and hold something."""
+    found = [key for key, value in row.items() if key not in ROW_KEYS and _says(value)]
+    turns = row.get("conversations")
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, dict):
+            more = (key for key, value in turn.items() if key not in TURN_KEYS and _says(value))
+            found += [f"turn.{key}" for key in more]
+    return tuple(key[:KEY_LENGTH] for key in dict.fromkeys(found))[:MOST_KEYS]
+
+
+def _says(value: object) -> bool:
+    return value is not None and value not in ("", [], {})
+
+
+MOST_KEYS = 8
+"""Keys of a row that are told; a stranger's file may hold any number."""
+KEY_LENGTH = 60
+
+
+def hashed(content: bytes) -> str:
+    """A checksum to compare contents by."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
+
+
+OTHERS: tuple[tuple[bytes, str, str], ...] = (
+    (b"PAR1", "a Parquet file", "write its rows as lines of JSON"),
+    (b"ARROW1", "an Arrow file", "write its rows as lines of JSON"),
+    (b"\x1f\x8b", "compressed by gzip", "unpack it"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it"),
+    (b"BZh", "compressed by bzip2", "unpack it"),
+    (b"\xfd7zXZ", "compressed by xz", "unpack it"),
+    (b"PK\x03\x04", "a zip archive", "unpack it"),
+    (b"SQLite format 3", "an SQLite database", "write its rows as lines of JSON"),
+    (b"\xff\xfe", "text in UTF-16", "save it as UTF-8"),
+    (b"\xfe\xff", "text in UTF-16", "save it as UTF-8"),
+    (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file: git lfs pull"),
+)
+"""How files begin that are not JSON, what they are, and what to do."""
+
+
+def _holds_lines(data: bytes, path: Path) -> bool:
+    """Does a data file hold an object per line, not one list? By its content: names mislead.
+
+    Raises ValueError for another kind of file.
+    """
+    for start, what, fix in OTHERS:
+        if data.startswith(start):
+            raise ValueError(f"the data file {path} is {what}: {fix}. neva {FORMAT}")
+    if data[257:262] == b"ustar":
+        raise ValueError(f"the data file {path} is a tar archive: unpack it. neva {FORMAT}")
+    text = data.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    if text.startswith(b"["):
+        return False
+    if not text.startswith(b"{"):
+        return path.suffix.lower() != ".json"  # not JSON: the error of that kind of file
+    if path.suffix.lower() != ".json":
+        return True
+    first, _, rest = text.partition(b"\n")
+    return bool(rest.strip()) and _is_json(first)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        from_json(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _line_rows(data: bytes) -> np.ndarray:
@@ -188,7 +318,8 @@ def _list_rows(data: bytes, path: Path) -> np.ndarray:
     if text[position : position + 1] != "[":
         if fault is not None:
             raise ValueError(f"the data file {path} is not UTF-8 ({fault}): save it as UTF-8")
-        raise ValueError(f"the data file {path} is not a list: {FORMAT}; a file with one object per line is called .jsonl")
+        wanted = f"{FORMAT}, or one such object per line"
+        raise ValueError(f"the data file {path} is not a list: {wanted}")
     ascii = text.isascii()  # then characters are bytes
     byte, seen = position, position
     if not ascii:
@@ -208,7 +339,7 @@ def _list_rows(data: bytes, path: Path) -> np.ndarray:
         if text[position + 1 :].strip():
             raise json.JSONDecodeError("Extra data", text, position + 1)
     except json.JSONDecodeError as error:
-        raise ValueError(f"the data file {path} is not JSON ({error}): repair it; a file with one object per line is called .jsonl") from None
+        raise ValueError(f"the data file {path} is not JSON ({error}): repair it") from None
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 

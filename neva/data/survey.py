@@ -13,6 +13,7 @@ from neva.data.encode import Measure
 from neva.data.order import Blend, Order, Ref, permutation
 from neva.data.pack import Budget, Item, Packer
 from neva.data.sample import SampleError
+from neva.data.seen import Seen
 
 PROBE = 512
 """Samples that are measured for an estimate: with lengths as LLaVA's, the samples of a row are
@@ -46,6 +47,7 @@ class Survey:
     tiles: tuple[np.ndarray, ...]
     bad: dict[int, Bad] = field(default_factory=dict)
     """The last sample of each source that is left out."""
+    seen: Seen = field(default_factory=Seen)
 
     @staticmethod
     def begin(blend: Blend) -> "Survey":
@@ -55,6 +57,7 @@ class Survey:
 
     def add(self, source: int, index: int, outcome: Measure | Bad) -> None:
         """Notes what measuring a sample found."""
+        self.seen.add(source, index, outcome)
         if isinstance(outcome, Bad):
             self.tokens[source][index] = 0
             self.bad[source] = outcome
@@ -171,7 +174,7 @@ def volume(
             raise ValueError(f"no sample of '{bad.source}' can be used; the last was {last}")
         return None
     rows = Packer(budget, survey.items(seed=seed, shuffle=shuffle), pool=pool).rows()
-    far = FAR[survey.complete]
+    far = FAR[survey.complete and not steps]
     counts = [0] * len(survey.blend.names)
     tokens, done = 0, 0
     wanted = epochs * survey.usable

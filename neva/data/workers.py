@@ -36,6 +36,7 @@ class Crew:
         self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         if not workers:
             return
+        check_main()
         context = torch.multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["neva.data.loader"])
         # The server inherits the mask: a SIGTERM to the group would otherwise end it, and with it the view of its workers.
@@ -74,9 +75,13 @@ class Crew:
             pipe.send((task, args))
             done, result = pipe.recv()
         except (EOFError, OSError) as error:
+            died = DIED
             for worker in self._workers:  # one is gone for good: let no other work on
+                worker.join(timeout=1)
+                if worker.exitcode == UNGUARDED:
+                    died = GUARD
                 worker.kill()
-            raise ValueError(DIED) from error
+            raise ValueError(died) from error
         finally:
             self._idle.put(pipe)
         if not done:
@@ -88,6 +93,22 @@ DIED = (
     "a data worker died: it was killed, perhaps because memory ran out (lower data.workers, data.prefetch or batch.max_tiles), or shared memory "
     "is full (give the container a larger /dev/shm); data.workers=0 reads in the training process and shows an error's place"
 )
+
+
+GUARD = (
+    "each data worker runs the script that started it, and would train in turn: put what the "
+    'script does below the line if __name__ == "__main__":, or read the data in the training '
+    "process with data.workers=0"
+)
+UNGUARDED = 78
+"""Exit code of a worker that was about to train."""
+
+
+def check_main() -> None:
+    """Call where a run begins. Ends the process with `UNGUARDED` if it is a worker that is still
+    importing the script which started it: that one calls us outside `if __name__ == "__main__"`."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(UNGUARDED)
 
 
 def _serve(pipe: Connection, desk: object) -> None:

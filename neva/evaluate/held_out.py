@@ -20,8 +20,9 @@ NAMED = 3
 """Questions that cannot be asked are named, so many at most."""
 
 
-def open_source(config: EvaluateConfig) -> LlavaSource:
-    """The held-out file. ValueError, naming its key, where it or the image folder is not there."""
+def open_source(config: EvaluateConfig, *, links: bool = False) -> LlavaSource:
+    """The held-out file; `links` as in `data.links`. ValueError, naming its key, where it or the
+    image folder is not there."""
     path, folder = Path(config.source), config.image_folder
     if not path.is_file():
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
@@ -31,7 +32,7 @@ def open_source(config: EvaluateConfig) -> LlavaSource:
     if folder and not Path(folder).is_dir():
         raise ValueError(f"evaluate.image_folder={folder}: the image folder is missing")
     try:
-        return LlavaSource(path, folder, questions=True)
+        return LlavaSource(path, folder, questions=True, links=links)
     except ValueError as error:
         raise ValueError(f"evaluate.source: {error}") from None
 
@@ -51,7 +52,7 @@ def check(stage: TrainConfig, say: Callable[[str], None]) -> None:
 
 
 def _check(stage: TrainConfig, say: Callable[[str], None]) -> None:
-    source = open_source(stage.evaluate)
+    source = open_source(stage.evaluate, links=stage.data.links)
     encoder = Encoder(
         tokenizer=load_tokenizer(stage.data.tokenizer),
         template=stage.data.template,

@@ -56,13 +56,13 @@ def make(degrees: Degrees, device: torch.device) -> DeviceMesh:
 
 
 def rank() -> int:
-    """This process's number among all."""
-    return dist.get_rank()
+    """This process's number among all; 0 outside a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """Number of processes."""
-    return dist.get_world_size()
+    """Number of processes; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
@@ -72,9 +72,9 @@ def barrier() -> None:
 
 def share(item: object) -> list:
     """Every rank's item, in rank order, on every rank."""
-    if dist.get_world_size() == 1:
+    if world() == 1:
         return [item]
-    items: list = [None] * dist.get_world_size()
+    items: list = [None] * world()
     dist.all_gather_object(items, item)
     return items
 

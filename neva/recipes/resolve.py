@@ -89,7 +89,8 @@ def check_systems(stages: tuple[TrainConfig, ...]) -> None:
         fault = find_template(stage.data.template, tokenizer).form.no_system
         if not fault or stage.data.on_error == "skip":
             continue
-        for source in map(make_source, stage.data.blend):
+        for config in stage.data.blend:
+            source = make_source(config, links=stage.data.links)
             for index in range(len(source)):
                 try:
                     turns = source[index].turns

@@ -8,16 +8,14 @@ from pathlib import Path
 from neva import config as tree
 from neva.checkpoint import store
 from neva.data.loader import Loader
-from neva.data.survey import PROBE, told
+from neva.data.survey import told as held
 from neva.data.tokenizer import load_tokenizer
 from neva.job import TrainConfig
 from neva.parallel import mesh as ranks
-from neva.training.stage import make_loader
+from neva.training.stage import PATIENCE, make_loader
 
 FEW = 5_000
 """Samples that are measured in the training process: to start workers would take longer."""
-PATIENCE = 60.0
-"""Seconds that a dry run measures."""
 
 
 def with_steps(
@@ -32,6 +30,16 @@ def with_steps(
     data or batch are others now. Raises SampleError for a sample at which training would stop, and
     ValueError where the stage of `found` was begun with another number of rows in a step.
     """
+    known = with_known_steps(stages, found)
+    return tuple(stage if stage.steps else _measured(stage, say) for stage in known)
+
+
+def with_known_steps(
+    stages: tuple[TrainConfig, ...],
+    found: Path | None,
+) -> tuple[TrainConfig, ...]:
+    """The stages, those with `epochs` with the steps that the run of `found` began them with;
+    0 where it did not, or with other data or another batch. Raises as `with_steps`."""
     begun = ranks.share(_begun(found))[0]
     resolved = []
     for stage in stages:
@@ -39,20 +47,36 @@ def with_steps(
             _check_rows(stage, found)
             counts = _what_counts(stage)
             steps = next((steps for before, steps in begun if before == counts), 0)
-            stage = replace(stage, steps=steps) if steps else _measured(stage, say)
+            stage = replace(stage, steps=steps)
         resolved.append(stage)
     return tuple(resolved)
 
 
-def estimate(stage: TrainConfig, say: Callable[[str], None]) -> TrainConfig:
-    """Says what the stage's steps hold, for a dry run; gives the stage with its steps.
+def estimate(
+    stage: TrainConfig,
+    say: Callable[[str], None],
+    *,
+    told: set[str] | None = None,
+) -> TrainConfig:
+    """Says what the stage's steps hold, for a dry run; gives the stage with its steps. Keys of rows
+    that are not read are said, and noted in `told`, unless they stand there.
 
-    For `epochs` all samples are measured, or as many as a minute allows; else a sample of them.
+    For `epochs` all samples are measured, or as many as a minute allows; else all if that takes
+    less than a minute, or a sample of them.
     """
     with closing(_loader(stage)) as loader:
-        survey = loader.survey(most=None if stage.epochs else PROBE, seconds=PATIENCE)
+        if stage.epochs:
+            survey = loader.survey(seconds=PATIENCE)
+        else:
+            survey = loader.look(patience=PATIENCE)
         volume = loader.volume(survey, steps=stage.steps, epochs=stage.epochs)
-    say(f"Stage {stage.name}: {_asked(stage)}{told(volume, survey)}")
+        say(f"Stage {stage.name}: {_asked(stage)}{held(volume, survey)}")
+        say(f"Stage {stage.name}: {loader.told(survey)}")
+        known = set() if told is None else told
+        for line in loader.unread.lines:
+            if line not in known:
+                say(line)
+        known.update(loader.unread.lines)
     return stage if volume is None else replace(stage, steps=volume.steps)
 
 
@@ -78,9 +102,11 @@ def _measured(stage: TrainConfig, say: Callable[[str], None]) -> TrainConfig:
         asked = f"to know how many steps epochs={stage.epochs:g} means"
         say(f"Stage {stage.name}: measuring {count:,} samples, {asked}")
     with closing(_loader(stage, workers=many, shared=True)) as loader:
-        volume = loader.volume(loader.survey(), epochs=stage.epochs)
-    assert volume is not None, "all samples were measured"
-    say(f"Stage {stage.name}: {_asked(stage)}{volume}")
+        survey = loader.survey()
+        volume = loader.volume(survey, epochs=stage.epochs)
+        assert volume is not None, "all samples were measured"
+        say(f"Stage {stage.name}: {_asked(stage)}{volume}")
+        say(f"Stage {stage.name}: {loader.told(survey)}")
     return replace(stage, steps=volume.steps)
 
 
@@ -111,7 +137,8 @@ def _begun(found: Path | None) -> list[tuple[dict, int]]:
 
 def _what_counts(stage: TrainConfig) -> dict:
     """The part of a stage's config from which its steps follow."""
-    data = replace(stage.data, workers=0, prefetch=0, date="")
+    # A tokenizer may lie elsewhere once the folder that a run began from is gone.
+    data = replace(stage.data, workers=0, prefetch=0, date="", tokenizer="")
     image = stage.model.layout
     return {
         "name": stage.name,

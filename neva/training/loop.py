@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,16 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from neva import config as tree
+from neva.batch import Batch
 from neva.checkpoint import store
+from neva.data.draw import Bad
 from neva.job import InitConfig, TrainConfig
 from neva.parallel import machine
 from neva.parallel import mesh as ranks
+from neva.training.changes import changed_keys
 from neva.training.epochs import with_steps
 from neva.training.metrics import Reporter, StepReport, cut_back, steps_of
+from neva.training.skipped import SKIPPED, write_skipped
 from neva.training.stage import Stage, check, prepare, save, train_step
 
 Say = Callable[[str], None]
@@ -87,11 +91,11 @@ def train(
         say(_first_line(stages, mesh.size()))
         stages = with_precision(stages)
         with _Signals() as signals, ExitStack() as held:
-            found = _find(stages, resume, say)
-            stages = with_steps(_with_date(stages, found), found=found, say=say)
-            for config in stages[_position(stages, found)[0] :]:
-                check(config, world=mesh.size())
-                if on_check is not None:
+            found = find(stages, resume, say)
+            stages = with_steps(with_date(stages, found), found=found, say=say)
+            check_start(stages, found, world=mesh.size(), say=say)
+            if on_check is not None:
+                for config in stages[_position(stages, found)[0] :]:
                     on_check(config, say)
             run = _Run(mesh=mesh, device=device, signals=signals, say=say, held=held, rewind=resume not in ("", "auto"))
             if found is None:
@@ -105,7 +109,7 @@ def _silent(text: str) -> None:
     """What other ranks than the first say."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class _Run:
     mesh: DeviceMesh
     device: torch.device
@@ -115,9 +119,22 @@ class _Run:
     """What is kept open while the run lasts: the lock on its folder."""
     rewind: bool
     """Set checkpoints aside that are newer than the one to go on from? A later `--resume auto` would go on from them."""
+    told: set[str] = field(default_factory=set)
+    """Lines that are said once in a run, whatever its stages."""
+
+    begun: float = field(default_factory=time.monotonic)
+    loss: float | None = None
+    """Of the last step with a label."""
+
+    def say_once(self, lines: list[str]) -> None:
+        """Say those that were not said yet."""
+        for line in lines:
+            if line not in self.told:
+                self.told.add(line)
+                self.say(line)
 
 
-def _find(stages: tuple[TrainConfig, ...], resume: str, say: Say) -> Path | None:
+def find(stages: tuple[TrainConfig, ...], resume: str, say: Say) -> Path | None:
     """The checkpoint to go on from; None for a new start. Writes nothing. ValueError where the run folder holds another run."""
     out = Path(stages[0].out)
     lines = out / "metrics.jsonl"  # empty where a run ended before its first step
@@ -137,7 +154,7 @@ def _find(stages: tuple[TrainConfig, ...], resume: str, say: Say) -> Path | None
     return found
 
 
-def _with_date(stages: tuple[TrainConfig, ...], found: Path | None) -> tuple[TrainConfig, ...]:
+def with_date(stages: tuple[TrainConfig, ...], found: Path | None) -> tuple[TrainConfig, ...]:
     """The stages with the date that chat templates tell: that of the run which
     goes on, else today's."""
     saved = store.load_config(found).get("date") if found is not None else ""
@@ -159,6 +176,25 @@ def _position(stages: tuple[TrainConfig, ...], found: Path | None) -> tuple[int,
     return (number + 1, False) if done else (number, True)
 
 
+def check_start(
+    stages: tuple[TrainConfig, ...],
+    found: Path | None,
+    *,
+    world: int,
+    say: Say,
+) -> None:
+    """Raise ValueError for what would stop a run at its start, or at that of a later stage, or
+    keeps it from going on from `found`. Says what has changed since. Writes nothing."""
+    begin, inside = _position(stages, found)
+    for number in range(begin, len(stages)):
+        resume = found if inside and number == begin else None
+        first = sum(stage.steps for stage in stages[:number])
+        config = _without_used_init(stages, number)
+        check(config, world=world, resume=resume, first_step=first, say=say)
+    if found is not None and inside and (line := changed_keys(found, stages[begin])):
+        say(line)
+
+
 def _open_run(stages: tuple[TrainConfig, ...], found: Path | None, run: _Run) -> None:
     """Make the run folder, write config.yaml, and forget what the run did after the checkpoint that it goes on from.
 
@@ -171,7 +207,7 @@ def _open_run(stages: tuple[TrainConfig, ...], found: Path | None, run: _Run) ->
             lock = run.held.enter_context((out / ".lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process ends, however it ends
             tree.save(stages, out / "config.yaml")
-            for name in ("metrics.jsonl", "evaluations.jsonl"):
+            for name in ("metrics.jsonl", "evaluations.jsonl", SKIPPED):
                 cut_back(out / name, store.load_config(found)["step"] if found else 0)
             if run.rewind and found is not None and found.resolve().parent == (out / "checkpoints").resolve():
                 for moved in store.set_newer_aside(found):
@@ -188,9 +224,8 @@ def _run(stages: tuple[TrainConfig, ...], *, found: Path | None, on_evaluate: Ev
     last = found
     begin, inside = _position(stages, found)
     for number in range(begin, len(stages)):
-        config, before = stages[number], sum(stage.steps for stage in stages[:number])
-        if number and config.init == stages[number - 1].init:
-            config = replace(config, init=InitConfig())  # set for all stages, so meant for the run's start
+        before = sum(stage.steps for stage in stages[:number])
+        config = _without_used_init(stages, number)
         own = found if inside and number == begin else None
         stage = prepare(config, mesh=run.mesh, device=run.device, start=last, resume=own, first_step=before, say=run.say)
         try:
@@ -208,6 +243,8 @@ def _run(stages: tuple[TrainConfig, ...], *, found: Path | None, on_evaluate: Ev
             _open_run(stages, last, run)
             _evaluate_missed(stages, last, on_evaluate=on_evaluate, run=run)
         run.say(f"Nothing left to do: {last} is the last step.")
+    else:
+        run.say(_ending(last, run))
     return last
 
 
@@ -247,19 +284,43 @@ def _evaluate_missed(
             reporter.close()
 
 
+def _ending(last: Path, run: _Run) -> str:
+    """A line on a run that has reached its end: time of this session, loss, checkpoint."""
+    minutes, seconds = divmod(round(time.monotonic() - run.begun), 60)
+    hours, minutes = divmod(minutes, 60)
+    taken = f"{hours}h {minutes}m {seconds}s" if hours else f"{minutes}m {seconds}s"
+    step = store.load_config(last)["step"]
+    loss = "no loss" if run.loss is None else f"loss {run.loss:.4f}"
+    return f"Done: step {step} after {taken} with {loss}, saved in {last}"
+
+
+def _without_used_init(stages: tuple[TrainConfig, ...], number: int) -> TrainConfig:
+    """A stage, without an `init` that was set for all stages, so meant for the run's start."""
+    config = stages[number]
+    if number and config.init == stages[number - 1].init:
+        return replace(config, init=InitConfig())
+    return config
+
+
 def _train_stage(stage: Stage, last_step: int, *, on_evaluate: Evaluate | None, run: _Run) -> Path:
-    config, folder, reporter, said = stage.config, None, None, len(stage.loader.left_out)
+    config = stage.config
+    folder = None
+    reporter = None
+    saved = stage.step
+    said = len(stage.loader.left_out)
     if ranks.rank() == 0:
         reporter = Reporter(out=Path(config.out), config=config, last_step=last_step, say=run.say, step=stage.number)
     try:
-        steps = iter(stage.loader)
         while stage.step < config.steps:
             since = time.monotonic()
-            report = train_step(stage, next(steps), since=since)
+            batches = _next_batches(stage, saved=saved == stage.step, say=run.say)
+            run.say_once(stage.loader.unread.lines)
+            report = train_step(stage, batches, since=since)
+            run.loss = report.loss if report.labels else run.loss
             for error in stage.loader.left_out[said:SAID]:
                 run.say(f"Left out: {error}")
                 said += 1
-            told = ranks.share((run.signals.seen, _write(reporter, report)))
+            told = ranks.share((run.signals.seen, _write(reporter, report, stage.loader.skipped)))
             if problem := told[0][1]:
                 raise ValueError(problem)
             stop = max(seen for seen, _ in told)
@@ -267,6 +328,7 @@ def _train_stage(stage: Stage, last_step: int, *, on_evaluate: Evaluate | None, 
             due = bool(config.checkpoint.every) and stage.step % config.checkpoint.every == 0
             if due or stop or evaluate or stage.step == config.steps:
                 folder = save(stage)
+                saved = stage.step
             if evaluate and on_evaluate is not None and folder is not None:
                 scores = on_evaluate(config, folder)  # on every rank: loading a checkpoint is collective
                 if reporter is not None:
@@ -286,14 +348,38 @@ SAID = 3
 """Samples that are left out are named as they are met, so many at most."""
 
 
-def _write(reporter: Reporter | None, report: StepReport) -> str:
-    """Record a step on the first rank; what went wrong."""
+def _next_batches(stage: Stage, *, saved: bool, say: Say) -> tuple[Batch, ...]:
+    """The next step's. Where a sample stops the run, the steps done are saved first."""
     try:
-        if reporter is not None:
-            reporter.write(report)
+        return next(stage.loader)
+    except ValueError:
+        # All ranks are here: the loader shares what went wrong.
+        if not saved:
+            _save_before_error(stage, say)
+        raise
+
+
+def _save_before_error(stage: Stage, say: Say) -> None:
+    try:
+        folder = save(stage)
+    except store.CheckpointError as error:
+        say(f"Step {stage.number} could not be saved before the error that follows: {error}")
+        return
+    fix = "once its cause is mended, go on with the same command and --resume auto"
+    say(f"Saved {folder} before the error that follows: {fix}")
+
+
+def _write(reporter: Reporter | None, report: StepReport, skipped: list[Bad]) -> str:
+    """Record a step, and what was left out on the way to it, on the first rank; what went wrong."""
+    if reporter is None:
+        return ""
+    try:
+        reporter.write(report)
+        write_skipped(reporter.out, report, skipped)
     except OSError as error:
-        place = reporter.out / "metrics.jsonl" if reporter else ""
-        return f"cannot write step {report.step} to {place} ({error.strerror}): free some space, then go on with --resume auto"
+        written = f"step {report.step} to {reporter.out / 'metrics.jsonl'}"
+        reason = f"cannot write {written} ({error.strerror})"
+        return f"{reason}: free some space, then go on with --resume auto"
     return ""
 
 

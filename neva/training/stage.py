@@ -4,6 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from neva.data.encode import Encoder
 from neva.data.loader import Loader, LoaderOptions, alone
 from neva.data.pack import Budget
 from neva.data.source import LlavaSource, MockSource
-from neva.data.survey import PROBE, told
+from neva.data.survey import told
 from neva.data.tokenizer import Tokenizer, load_tokenizer
 from neva.job import InitConfig, SourceConfig, TrainConfig
 from neva.models.vlm import VLM, fresh, part_of
@@ -27,6 +28,9 @@ from neva.parallel.wrap import fill, freeze, logical_parameters, parallelize
 from neva.training.loss import group_sums, not_finite
 from neva.training.metrics import StepReport, Work, memory_gib, peak_flops
 from neva.training.optim import clip, learning_rate, make_optimizer, optimizer_tensors
+
+PATIENCE = 60.0
+"""Seconds that a look at a stage's samples may take."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -61,14 +65,45 @@ PARTS = {"vision": ("vision",), "projector": ("projector",), "cross": ("cross",)
 """Field of `InitConfig` -> the parts of the model that it speaks of."""
 
 
-def check(config: TrainConfig, *, world: int) -> None:
-    """Raise ValueError for what would stop the stage at its start: found before the first stage runs for hours."""
-    make_loader(replace(config, data=replace(config.data, workers=0)), load_tokenizer(config.data.tokenizer), world=world).close()
+def check(
+    config: TrainConfig,
+    *,
+    world: int,
+    resume: Path | None = None,
+    first_step: int = 0,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Raise ValueError for what would stop the stage at its start: found before the first stage runs for hours.
+
+    `resume` is a checkpoint of the stage to go on from; a line says what in it cannot be checked.
+    """
+    alone = replace(config, data=replace(config.data, workers=0))
+    with closing(make_loader(alone, load_tokenizer(config.data.tokenizer), world=world)) as loader:
+        if resume is not None:
+            _check_resume(resume, loader, first_step=first_step, say=say)
     with torch.device("meta"):
         freeze(VLM(config.model), config.trainable)
     for path in (config.init.model, *part_paths(config.init).values()):
-        if path:
+        if path and resume is None:
             store.find(Path(path))
+
+
+def _check_resume(
+    folder: Path,
+    loader: Loader,
+    *,
+    first_step: int,
+    say: Callable[[str], None],
+) -> None:
+    """Raise ValueError if a stage cannot go on from a checkpoint of it."""
+    state = store.load_state(folder)
+    before = store.load_config(folder)["step"] - state["step"]
+    if before != first_step:
+        raise ValueError(f"{folder} was saved after {before} steps of earlier stages, which now have {first_step}: put their steps back.")
+    if untold := loader.check_state(state["data"]):
+        keys = ", ".join(untold)
+        told = f"{folder} is of an earlier version of neva and does not tell {keys}"
+        say(f"WARNING: {told}. Only if they are as they were does the run go on as it would have.")
 
 
 def prepare(
@@ -93,8 +128,7 @@ def prepare(
         model = VLM(config.model)
     freeze(model, config.trainable)
     if resume is None and not config.epochs:
-        survey = loader.survey(most=PROBE, strict=False)
-        say(f"Stage {config.name}: {told(loader.volume(survey, steps=config.steps), survey)}")
+        _look(config, loader, say)
     say(parameter_table(config))
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     trained = frozenset(part_of(name) for name in names)
@@ -116,6 +150,18 @@ def prepare(
     if resume is not None:
         _restore(stage, resume)
     return stage
+
+
+def _look(config: TrainConfig, loader: Loader, say: Callable[[str], None]) -> None:
+    """Say what the stage's samples are and what its steps hold; raise SampleError for one that
+    would stop it."""
+    try:
+        survey = loader.look(patience=PATIENCE)
+    except ValueError:
+        loader.close()
+        raise
+    say(f"Stage {config.name}: {told(loader.volume(survey, steps=config.steps), survey)}")
+    say(f"Stage {config.name}: {loader.told(survey)}")
 
 
 def _new_rows(config: TrainConfig, folder: Path) -> str:
@@ -187,7 +233,7 @@ def make_loader(config: TrainConfig, tokenizer: Tokenizer, *, rank: int = 0, wor
         on_error=data.on_error, over_long=data.over_long, fewer_tiles=data.fewer_tiles,
     )  # fmt: skip
     budget = Budget(seq_length=batch.seq_length, rows=batch.rows, micro_rows=batch.micro_rows, max_tiles=batch.max_tiles)
-    sources = [make_source(source, seed=config.seed) for source in data.blend]
+    sources = [make_source(one, seed=config.seed, links=data.links) for one in data.blend]
     weights = [source.weight for source in data.blend]
     share = ranks.share if world > 1 else alone  # a dry run has no ranks
     return Loader(
@@ -202,15 +248,21 @@ def make_loader(config: TrainConfig, tokenizer: Tokenizer, *, rank: int = 0, wor
     )
 
 
-def make_source(config: SourceConfig, *, seed: int = 0) -> LlavaSource | MockSource:
-    """The source that a config names."""
+def make_source(
+    config: SourceConfig,
+    *,
+    seed: int = 0,
+    links: bool = False,
+) -> LlavaSource | MockSource:
+    """The source that a config names. With `links` its images may be links that lead outside the
+    image folder."""
     if config.mock is not None:
         m = config.mock
         return MockSource(
             samples=m.samples, words=m.words, images=m.images, image_size=m.image_size, text_only_every=m.text_only_every,
             seed=seed, name=config.name or "mock",
         )  # fmt: skip
-    return LlavaSource(config.path, config.image_folder, name=config.name)
+    return LlavaSource(config.path, config.image_folder, name=config.name, links=links)
 
 
 def train_step(stage: Stage, batches: tuple[Batch, ...], *, since: float | None = None) -> StepReport:
@@ -346,9 +398,6 @@ def _restore(stage: Stage, folder: Path) -> None:
     random = _random_state(stage.device)
     into = store.Training(tensors=optimizer_tensors(stage.model, stage.optimizer), per_rank=random)
     state = store.load_training(folder, into=into).state
-    before = store.load_config(folder)["step"] - state["step"]
-    if before != stage.first_step:
-        raise ValueError(f"{folder} was saved after {before} steps of earlier stages, which now have {stage.first_step}: put their steps back.")
     torch.set_rng_state(random["cpu"])
     if "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"], stage.device)

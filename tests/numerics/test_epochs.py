@@ -176,8 +176,9 @@ def test_a_run_and_a_dry_run_say_first_what_the_steps_hold(data: list[str], tmp_
         say=told.append,
     )
     assert told[0].startswith("Stage finetune: epochs=2: ")
+    assert told[1].startswith("Stage finetune: looked at all 24 samples and the headers of their")
     steps = int(told[0].split("epochs=2: ")[1].split()[0])
-    assert f"Stage finetune (fp32), {steps} steps" in told[1]
+    assert f"Stage finetune (fp32), {steps} steps" in told[2]
 
 
 def test_a_dry_run_whose_time_is_over_estimates(

@@ -97,7 +97,7 @@ def test_train_with_nproc_starts_that_many_ranks_of_the_same_command(api: FakeAp
     monkeypatch.setattr("neva.launch.local", lambda argv, nproc: started.append((argv, nproc)) or 7)
     assert run("--traceback", "train", "demo", "--nproc", "2", "out=x", "--resume", "auto").exit_code == 7
     assert started == [(["--traceback", "train", "--resume", "auto", "--", "demo", "out=x"], 2)]
-    assert api.calls == [("recipe", ("demo", ("out=x",)), {})]
+    assert api.calls == [("recipe", ("demo", ("out=x",)), {"resume": "auto"})]
     api.answer = ValueError("no field 'x'")
     assert run("train", "demo", "--nproc", "2", "x=1").exit_code == 1 and len(started) == 1
 

@@ -1,5 +1,6 @@
 """LLaVA files and made-up samples: what is read, and what each kind of bad input is told."""
 
+import gzip
 import json
 import pickle
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from neva.data.sample import Sample, SampleError
-from neva.data.source import LlavaSource, MockSource
+from neva.data.source import MOST_KEYS, LlavaSource, MockSource, unread
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
 TEXT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]
@@ -70,7 +71,13 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
     "no rows": ("a.json", b"[ ]", "holds no sample"),
     "object": ("a.json", b'{"id": 1}', "is not a list"),
     "byte order mark only": ("a.json", b"\xef\xbb\xbf", "is not a list"),
-    "lines in .json": ("a.json", b'{"id": 1}\n{"id": 2}', "called .jsonl"),
+    "an object on several lines": ("a.json", b'{\n"id": 1\n}', "is not a list"),
+    "Parquet": ("a.parquet", b"PAR1\x15\x04", "is a Parquet file: write its rows as lines"),
+    "Parquet by another name": ("a.json", b"PAR1\x15\x04", "is a Parquet file"),
+    "Arrow": ("a.arrow", b"ARROW1\0\0", "is an Arrow file"),
+    "gzip": ("a.jsonl", gzip.compress(b'{"id": 1}'), "compressed by gzip: unpack it"),
+    "UTF-16": ("a.jsonl", '{"id": 1}'.encode("utf-16"), "text in UTF-16: save it as UTF-8"),
+    "Git LFS": ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
     "cut": ("a.json", b'[{"id": 1}, {"id', "is not JSON"),
     "unclosed": ("a.json", b'[{"id": 1}', "is not JSON"),
     "open": ("a.json", b"[", "is not JSON"),
@@ -90,6 +97,65 @@ def test_a_bad_file_is_told(tmp_path: Path, case: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         LlavaSource(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.JSON", "a.json", "a.jsonl", "a.JSONL", "a.txt", "a"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_lists_and_lines_are_told_apart_by_content(folder: Path, name: str, mark: str) -> None:
+    rows = [{"id": "é", "conversations": TEXT}, {"id": "b", "conversations": TEXT}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for text in (json.dumps(rows, indent=1, ensure_ascii=False), lines, "\n\n" + lines + "\n"):
+        (folder / name).write_text(mark + text, encoding="utf-8")
+        source = LlavaSource(folder / name)
+        assert [source[i].id for i in range(len(source))] == ["é", "b"]
+
+
+def test_the_fingerprint_is_that_of_the_content(folder: Path) -> None:
+    """An edit that keeps the number of samples is another set of them."""
+    rows = [{"id": "a", "conversations": TEXT}]
+    one = written(folder, rows).fingerprint
+    assert written(folder, rows, "again.json").fingerprint == one
+    rows[0]["id"] = "b"
+    assert written(folder, rows).fingerprint != one
+    assert MockSource(samples=2).fingerprint != MockSource(samples=2, seed=1).fingerprint
+
+
+CASES = Path(__file__).parents[1] / "data" / "cases"
+
+
+def test_keys_that_are_not_read_are_named(folder: Path) -> None:
+    rows = [
+        {"id": "a", "conversations": TEXT, "image": None, "video": "", "model": "x"},
+        {"id": "b", "conversations": [TEXT[0], TEXT[1] | {"weight": 0}], "imgae": ["a.png"]},
+        {"id": "c", "conversations": TEXT} | {f"key{n}": n for n in range(99)},
+    ]
+    source = written(folder, rows)
+    assert [source[n].unread for n in (0, 1)] == [("model",), ("imgae", "turn.weight")]
+    assert len(source[2].unread) == MOST_KEYS
+    assert unread("imgae") == "its key 'imgae' is not read: did you mean 'image'?"
+    assert unread("turn.weight").startswith("its key 'weight' of its turns is not read: every gpt")
+    assert unread("model") == "its key 'model' is not read"
+    assert "did you mean 'image'" in unread("images") and "a first turn" in unread("system")
+
+
+def test_a_bad_row_says_which_of_its_keys_are_not_read(folder: Path) -> None:
+    row = {"id": "x", "images": ["images/a.png"], "conversations": TALK}
+    with pytest.raises(SampleError, match="but it has 0 image.*'images' is not read: did you mean"):
+        written(folder, [row])[0]
+
+
+def test_the_cases_of_keys_that_mean_something_elsewhere() -> None:
+    images = LlavaSource(CASES / "images-key" / "data.json", CASES / "images-key" / "images")
+    assert images[0].unread == ("images",)
+    systems = LlavaSource(CASES / "system-key" / "data.json", CASES / "system-key" / "images")
+    found = {}
+    for index in range(len(systems)):
+        try:
+            found[systems[index].id] = systems[index].unread
+        except SampleError as error:
+            found[error.id] = error.message
+    assert found["s"] == ("system", "mask") and found["w"] == ("turn.weight",)
+    assert "its key 'system' is not read" in found["n"]
 
 
 def test_a_missing_image_folder_is_told(folder: Path) -> None:
