@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from neva.checkpoint import store, stream
+from neva.checkpoint import store
 from neva.checkpoint.manifest import MARK
+from neva.checkpoint.stream import Staging
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
 def test_a_users_own_is_in_the_way(kind: str, tmp_path: Path) -> None:
     place = tmp_path / "out.tmp"
+    early = Staging(tmp_path / "out")  # before the place was taken
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / MARK).write_text("of")
     if kind == "file":
@@ -20,20 +22,17 @@ def test_a_users_own_is_in_the_way(kind: str, tmp_path: Path) -> None:
         (place / "mine").write_text("mine")
     else:
         place.symlink_to(tmp_path / "real")
-    for work in (
-        lambda: stream.staging(tmp_path / "out"),
-        lambda: stream.begin(place, "of"),
-        lambda: stream.remove(place),
-    ):
-        with pytest.raises(ValueError, match="neva did not make it"):
-            work()
+    with pytest.raises(ValueError, match="neva did not make it"):
+        Staging(tmp_path / "out")
+    with pytest.raises(ValueError, match="neva did not make it"), early as staging:
+        staging.begin("of")
     assert place.exists() and (tmp_path / "real" / MARK).exists()
 
 
 def test_a_link_that_leads_nowhere_takes_the_name(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "nothing")
     with pytest.raises(ValueError, match="exists already"):
-        stream.staging(tmp_path / "out")
+        Staging(tmp_path / "out")
 
 
 def test_a_save_removes_what_a_save_left_and_nothing_else(tmp_path: Path) -> None:
