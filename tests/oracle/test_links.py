@@ -128,6 +128,8 @@ def test_a_link_out_of_a_nemo_folder_is_not_followed(name: str, tmp_path: Path) 
     small = DecoderConfig(vocab=512, width=16, layers=1, heads=2, kv_heads=2, ffn=24)
     model = VLM(VLMConfig(decoder=small, vision=None, projector="none"))
     tensors = dict(model.named_parameters())
+    for tensor in tensors.values():
+        tensor.data.normal_(0, 0.1)
     folder = write_distributed(tmp_path / "nemo", tensors, small, "torch_dist")
     shutil.copy(Path(__file__).parents[1] / "data" / "tiny.model", folder / "tokenizer.model")
     taken(folder, tmp_path / "sound")
