@@ -21,6 +21,7 @@ from neva import config as tree
 from neva.batch import Batch
 from neva.checkpoint import store
 from neva.data.draw import Bad
+from neva.data.sample import SampleError
 from neva.job import InitConfig, TrainConfig
 from neva.parallel import machine
 from neva.parallel import mesh as ranks
@@ -352,20 +353,21 @@ def _next_batches(stage: Stage, *, saved: bool, say: Say) -> tuple[Batch, ...]:
     """The next step's. Where a sample stops the run, the steps done are saved first."""
     try:
         return next(stage.loader)
-    except ValueError:
+    except ValueError as error:
         # All ranks are here: the loader shares what went wrong.
         if not saved:
-            _save_before_error(stage, say)
+            _save_before(error, stage, say)
         raise
 
 
-def _save_before_error(stage: Stage, say: Say) -> None:
+def _save_before(problem: ValueError, stage: Stage, say: Say) -> None:
     try:
         folder = save(stage)
     except store.CheckpointError as error:
         say(f"Step {stage.number} could not be saved before the error that follows: {error}")
         return
-    fix = "once its cause is mended, go on with the same command and --resume auto"
+    skipping = ", or with data.on_error=skip" if isinstance(problem, SampleError) else ""
+    fix = f"once its cause is mended{skipping}, go on with the same command and --resume auto"
     say(f"Saved {folder} before the error that follows: {fix}")
 
 

@@ -22,7 +22,7 @@ from neva.data.source import LlavaSource, MockSource
 from neva.data.survey import told
 from neva.data.tokenizer import Tokenizer, load_tokenizer
 from neva.job import InitConfig, SourceConfig, TrainConfig
-from neva.models.vlm import VLM, fresh, part_of
+from neva.models.vlm import VLM, VLMConfig, fresh, part_of
 from neva.parallel import mesh as ranks
 from neva.parallel.wrap import fill, freeze, logical_parameters, parallelize
 from neva.training.loss import group_sums, not_finite
@@ -82,10 +82,37 @@ def check(
         if resume is not None:
             _check_resume(resume, loader, first_step=first_step, say=say)
     with torch.device("meta"):
-        freeze(VLM(config.model), config.trainable)
+        model = VLM(config.model)
+    freeze(model, config.trainable)
+    if resume is not None:
+        _check_same_model(resume, model)
     for path in (config.init.model, *part_paths(config.init).values()):
         if path and resume is None:
             store.find(Path(path))
+
+
+def _check_same_model(folder: Path, model: VLM) -> None:
+    """Raise ValueError unless a checkpoint holds the weights of a model, and the optimiser's state
+    of those that are trained. Seen from configs alone."""
+    saved = store.load_config(folder)
+    with torch.device("meta"):
+        theirs = VLM(tree.from_dict(VLMConfig, saved["model"]))
+    freeze(theirs, tuple(saved["train"]["trainable"]))
+    before, now = dict(theirs.named_parameters()), dict(model.named_parameters())
+    for key, of in (("model", _shape), ("trainable", _is_trained)):
+        names = [name for name in before | now if of(before.get(name)) != of(now.get(name))]
+        if names:
+            one = f"{names[0]} is {of(before.get(names[0]))} there and {of(now.get(names[0]))} here"
+            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{folder} was saved with another {key}: {one}{more}. Put it back.")
+
+
+def _shape(parameter: torch.nn.Parameter | None) -> str:
+    return "absent" if parameter is None else str(list(parameter.shape))
+
+
+def _is_trained(parameter: torch.nn.Parameter | None) -> str:
+    return "trained" if parameter is not None and parameter.requires_grad else "frozen"
 
 
 def _check_resume(

@@ -84,6 +84,27 @@ def test_a_run_does_not_go_on_as_another(case: Path, tmp_path: Path, change: str
         assert files(out) == before
 
 
+OTHERS = {
+    "width": ("model.decoder.ffn=96", "another model: decoder.blocks.0.mlp.gate.weight is "),
+    "layers": ("model.decoder.layers=2", "another model: decoder.blocks.1.*is absent there"),
+    "trained": ("trainable=[projector.*]", "another trainable: decoder.* is trained there and fr"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_model_does_not_go_on(case: Path, tmp_path: Path, other: str) -> None:
+    """Refused before a tensor is read, in a dry run too."""
+    override, message = OTHERS[other]
+    out = tmp_path / "run"
+    train("llava-tiny/finetune", asked(case, out, "steps=1"))
+    before = files(out)
+    again = asked(case, out, "steps=2", override)
+    for start in (api.train, api.dry_run):
+        with pytest.raises(ValueError, match=f"step_1 was saved with {message}"):
+            start("llava-tiny/finetune", again, resume="auto", say=lambda text: None)
+        assert files(out) == before
+
+
 def test_what_is_only_asked_for_otherwise_goes_on(case: Path, tmp_path: Path) -> None:
     """The chat format by its text, the tokenizer from elsewhere, more workers, another pool."""
     from neva.data.templates import TEMPLATES

@@ -97,6 +97,7 @@ def test_a_sample_that_stops_a_run_loses_no_step(tmp_path: Path, workers: int) -
     assert 0 < done == len(runs.metrics(out)) < 8
     saved = out / "checkpoints" / f"step_{done}"
     assert said[-1].startswith(f"Saved {saved} before the error that follows: once its cause")
+    assert "or with data.on_error=skip" in said[-1]
     # as it is it stops there again, and writes nothing
     with pytest.raises(ValueError, match="sample 'cut' of 'data'"):
         train(asked(data, out, *chain), resume="auto")
