@@ -258,7 +258,7 @@ def generate(checkpoint: str, as_json: bool, strict: bool, **options: Any) -> No
     if options["out"] is not None and as_json:
         _echo(json.dumps({"out": options["out"], "answered": answered, "errors": refused}))
     elif options["out"] is not None:
-        _say_refused(refused, "Not asked")
+        _say_refused(refused)
         _echo(f"{answered} of {answered + len(refused)} questions answered: {options['out']}")
     _check_asked(answered, len(refused), strict=strict)
 
@@ -332,7 +332,9 @@ def _say_score(result: dict[str, Any], out: str | None) -> None:
     if result["left_out"]:
         asks = "the model's caption format asks first questions of images alone"
         _echo(f"Left out: {_questions(result['left_out'])}; {asks}")
-    _say_refused(result["errors"], "Not asked, counted as wrong where the question can be read")
+    _say_refused(result["errors"])
+    if result["errors"]:
+        _echo("Of those not asked, the ones whose question can be read count as wrong.", err=True)
     if out is not None:
         _echo(f"Answers: {out}; settings and score: {out.removesuffix('.jsonl')}.report.json")
 
@@ -345,11 +347,11 @@ SHOWN = 10
 """Questions that could not be asked are printed, so many at most."""
 
 
-def _say_refused(errors: list[str], what: str) -> None:
+def _say_refused(errors: list[str]) -> None:
     for error in errors[:SHOWN]:
-        _echo(f"{what}: {error}", err=True)
+        _echo(f"Not asked: {error}", err=True)
     if len(errors) > SHOWN:
-        _echo(f"{what}: {len(errors) - SHOWN} more", err=True)
+        _echo(f"Not asked: {len(errors) - SHOWN} more", err=True)
 
 
 def _check_asked(answered: int, refused: int, *, strict: bool) -> None:

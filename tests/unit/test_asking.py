@@ -277,6 +277,24 @@ def test_what_is_kept_is_not_asked_again(
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_half_a_line_is_cut_off_before_another_is_written(
+    loaded: Loaded,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    """So that a run that is stopped again leaves whole lines."""
+    kept = tmp_path / "kept.jsonl"
+    asked: dict[str, Any] = {"data": data, "image_folder": data.parent / "images", "out": kept}
+    list(api.generate(loaded, **asked, max_new_tokens=1))
+    whole = kept.read_text().splitlines(keepends=True)
+    kept.write_text("".join(whole[:5]) + whole[5][:40])
+    answers = api.generate(loaded, **asked, max_new_tokens=1, batch_size=1)
+    for _ in range(7):
+        next(answers)
+    answers.close()
+    assert kept.read_text().splitlines(keepends=True) == whole[:7]
+
+
 def test_a_killed_evaluation_goes_on(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     """With -9, in the middle: no line is lost, and the file is that of one go."""
     images = ("--image-folder", data.parent / "images")
