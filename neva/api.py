@@ -8,7 +8,6 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ from neva.data.workers import check_main
 from neva.evaluate import held_out
 from neva.evaluate import report as pages
 from neva.evaluate import run as evaluation
-from neva.evaluate.predictions import Predictions
+from neva.evaluate.predictions import kept
 from neva.evaluate.question import Judged, Question, questions, suited
 from neva.infer.generate import Loaded, Sampling, load
 from neva.infer.generate import generate as generate_batch
@@ -453,8 +452,8 @@ def generate(
     chosen = Sampling(**_sampling(sampling))
     if data is not None:
         asked = list(questions(LlavaSource(data, image_folder, questions=True), each="last"))
-        told = {"command": "generate", **_told(data, image_folder)}
-        with _predictions(out, loaded, chosen, asked, told) as file:
+        known = evaluation.settings("generate", loaded, chosen, data, image_folder)
+        with kept(out, known, asked) as file:
             for start in range(0, len(asked), batch_size):
                 part = asked[start : start + batch_size]
                 judged = evaluation.ask(loaded, part, chosen, batch_size=batch_size, file=file)
@@ -505,26 +504,6 @@ def _sampling(options: dict) -> dict:
     return {key: tuple(value) if key == "stop" else value for key, value in options.items()}
 
 
-def _told(data: str | Path, image_folder: str | Path) -> dict[str, str]:
-    """The data of predictions, by which they know their own."""
-    folder = str(Path(image_folder).resolve()) if str(image_folder) else ""
-    return {"data": str(Path(data).resolve()), "image_folder": folder}
-
-
-def _predictions(
-    out: str | Path | None,
-    loaded: Loaded,
-    sampling: Sampling,
-    asked: Sequence[Question],
-    told: dict[str, str],
-) -> AbstractContextManager[Predictions | None]:
-    """The file of answers, None if they are not kept."""
-    if out is None:
-        return nullcontext()
-    known = {"neva": neva.__version__, **told, **evaluation.settings(loaded, sampling)}
-    return closing(Predictions(Path(out), settings=known, asked=asked))
-
-
 def evaluate(
     checkpoint: str | Path | Loaded,
     *,
@@ -557,8 +536,8 @@ def evaluate(
     asked = suited(every, caption=loaded.encoder.chosen.caption)
     passes = (False, True) if blind else (False,)
     judged: dict[bool, list[Judged]] = {}
-    told = {"command": "eval", **_told(data, image_folder)}
-    with _predictions(out, loaded, sampling, asked, told) as file:
+    known = evaluation.settings("eval", loaded, sampling, data, image_folder)
+    with kept(out, known, asked) as file:
         for number, blank in enumerate(passes):
             before, total = number * len(asked), len(passes) * len(asked)
             judged[blank] = evaluation.ask(

@@ -6,6 +6,7 @@ import json
 import os
 import reprlib
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,17 @@ NAMES = {"checkpoint_sha256": "checkpoint", "chat_template": "template"}
 """Setting -> what a user calls it."""
 Key = tuple[int, int, bool]
 """Row, turn, and whether the images were blanked."""
+
+
+def kept(
+    out: str | Path | None,
+    settings: dict[str, Any],
+    asked: Sequence[Question],
+) -> AbstractContextManager["Predictions | None"]:
+    """The file of answers, None if they are not kept."""
+    if out is None:
+        return nullcontext()
+    return closing(Predictions(Path(out), settings=settings, asked=asked))
 
 
 class Predictions:

@@ -5,8 +5,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import date
+from pathlib import Path
 from typing import Any
 
+from neva import __version__
 from neva.data.encode import Prompt
 from neva.data.sample import MARKER, Encoded, Sample, SampleError
 from neva.data.source import Source
@@ -208,13 +210,24 @@ def summary(
     }
 
 
-def settings(loaded: Loaded, sampling: Sampling) -> dict[str, Any]:
-    """All that answers hang on besides the data: the model, how it is asked, and how it answers."""
+def settings(
+    command: str,
+    loaded: Loaded,
+    sampling: Sampling,
+    data: str | Path,
+    image_folder: str | Path,
+) -> dict[str, Any]:
+    """All that answers hang on: where the questions are, the model, how it is asked, and how it
+    answers."""
     encoder = loaded.encoder
     format = encoder.chosen
     dated = "strftime_now" in format.jinja
     manifest = (loaded.folder / "manifest.json").read_bytes()
     return {
+        "neva": __version__,
+        "command": command,
+        "data": str(Path(data).resolve()),
+        "image_folder": str(Path(image_folder).resolve()) if str(image_folder) else "",
         "checkpoint": str(loaded.folder.resolve()),
         "checkpoint_sha256": hashlib.sha256(manifest).hexdigest(),
         "template": encoder.template or "the tokenizer's own",
