@@ -433,7 +433,7 @@ def test_every_step_has_a_flushed_line_whatever_is_printed(data: Path, tmp_path:
     stages = plan("llava-tiny", data, out, "steps=2", "log.every=0", "evaluate.every=1", *asked(data))
     loop.train(stages, say=said.append, on_evaluate=look)
     assert seen == [(name, f"step_{n}", list(range(1, n + 1))) for name, n in (("pretrain", 1), ("pretrain", 2), ("finetune", 3), ("finetune", 4))]
-    assert not [text for text in said if "loss" in text]
+    assert [text.split()[0] for text in said if "loss" in text] == ["Done:"]
     evaluations = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
     assert evaluations[2] == {"stage": "finetune", "step": 3, "colour": 0.3} and len(evaluations) == 4
     lines = runs.metrics(out)
@@ -511,7 +511,8 @@ def test_the_run_folder_is_locked_while_it_trains(data: Path, tmp_path: Path) ->
 def test_printed_lines_follow_log_every(data: Path, tmp_path: Path) -> None:
     said: list[str] = []
     loop.train(plan("llava-tiny/finetune", data, tmp_path / "run", "log.every=2"), say=said.append)
-    shown = [text for text in said if " loss " in text]
+    *shown, ending = [text for text in said if " loss " in text]
+    assert ending.startswith("Done: step 5 after 0m ")
     assert [text.split()[1] for text in shown] == ["2/5", "4/5", "5/5"]
     words = ("colour", "copy", "grad", "lr", "tok/s", "padding", "tiles/s", "GiB", "ETA")
     assert all(word in shown[1] for word in words) and "FLOP/s" not in shown[1]
