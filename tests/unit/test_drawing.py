@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from neva.data.drawing import compiled
 
@@ -79,3 +80,35 @@ def test_a_long_message_is_drawn() -> None:
     jinja = "{% for m in messages %}{{ m.content.strip().split('</think>')[-1]|replace('<image>', '')|trim }}{% endfor %}"
     drawn = compiled(jinja)([{"role": "user", "content": content}], True, "")
     assert drawn == content.strip().replace("<image>", "").strip()
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "m.content|tojson",
+        "m|tojson",
+        "m|tojson(indent=2)",
+        "m.content|tojson(ensure_ascii=true)",
+        "m.content|trim ~ m.content|length ~ loop.index0",
+        "m.content.split()[-1]|upper|replace('<', '[')",
+        "m.items()|list",
+        "m.content|default('x')|string|capitalize",
+    ],
+)
+def test_it_draws_what_transformers_draws(shown: str) -> None:
+    """Filters, methods, line breaks and blocks cut as there."""
+    jinja = (
+        "{% for m in messages %}\n    {% if loop.first %}\nFirst: {% endif %}\n"
+        f"{{{{- {shown} }}}}\n{{% endfor %}}\n{{% if add_generation_prompt %}}A:{{% endif %}}\n"
+    )
+    messages = [
+        {"role": "user", "content": " Is <b>'1' & \"2\"</b> > é 漢 ?\n"},
+        {"role": "assistant", "content": "Ja </s>"},
+    ]
+    for prompt in (True, False):
+        (theirs,), _ = render_jinja_template(
+            [messages],
+            chat_template=jinja,
+            add_generation_prompt=prompt,
+        )
+        assert compiled(jinja)(messages, prompt, "") == theirs
