@@ -37,6 +37,7 @@ models: $(DEV) ## write the table of docs/models.md from what it runs
 
 keys: $(DEV) ## write docs/keys.md and the tables of docs/gpus.md from the code
 	$(BIN)/python -m docs.make_keys
+	$(BIN)/python -m docs.make_gpus
 
 test: $(DEV) ## the fast tests
 	$(PYTEST) -m "$(FAST)" $(ARGS)

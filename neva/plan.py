@@ -50,7 +50,7 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Needs:
+class Needs:
     """What a stage needs whatever the number of ranks."""
 
     groups: tuple[_Group, ...]
@@ -81,10 +81,11 @@ def memory(config: TrainConfig, *, ranks: int, precision: str, cuda: bool = True
     parameters (`wrap.sharding_groups`) of which none trains is stored in bf16 where the stage
     computes in bf16. ValueError for a trainable pattern that matches nothing.
     """
-    return _needs(config, precision=precision, cuda=cuda).on(ranks)
+    return needs(config, precision=precision, cuda=cuda).on(ranks)
 
 
-def _needs(config: TrainConfig, *, precision: str, cuda: bool) -> _Needs:
+def needs(config: TrainConfig, *, precision: str, cuda: bool) -> Needs:
+    """What a stage needs in a precision, with a GPU's kernels or a CPU's."""
     with torch.device("meta"):
         model = VLM(config.model)
     freeze(model, config.trainable)
@@ -96,7 +97,7 @@ def _needs(config: TrainConfig, *, precision: str, cuda: bool) -> _Needs:
         recompute=config.recompute == "block",
     )
     groups = tuple(_shapes(group) for group in sharding_groups(model))
-    return _Needs(groups, how.size, _activations(config, how))
+    return Needs(groups, how.size, _activations(config, how))
 
 
 def _shapes(group: Group) -> _Group:
@@ -123,7 +124,8 @@ def _activations(config: TrainConfig, how: activations.How) -> int:
     """Bytes of the fullest micro-batch that the config allows."""
     work = fullest(config)
     kept = activations.saved(config.model, work, how).total
-    return kept + activations.working(config.model, work, how)
+    backward = kept + activations.working(config.model, work, how)
+    return max(backward, activations.seeing(config.model, work, how))
 
 
 def fullest(config: TrainConfig) -> cost.Work:
@@ -162,15 +164,15 @@ def table(stages: tuple[TrainConfig, ...], *, ranks: int, machine: Machine) -> s
     where = f"{counted(ranks, 'rank')}, each" if ranks > 1 else "1 rank"
     lines = [
         f"Memory of {where}, in GiB",
-        f"  {'stage':<15}{'':4}" + "".join(f"{head:>{len(head) + 2}}" for head in heads),
+        f"  {'stage':<13}{'':4}" + "".join(f"{head:>{len(head) + 2}}" for head in heads),
     ]
     verdicts = []
     for stage in stages:
-        needs = _needs(stage, precision=stage.precision, cuda=machine.kind == "cuda")
-        m = needs.on(ranks)
+        need = needs(stage, precision=stage.precision, cuda=machine.kind == "cuda")
+        m = need.on(ranks)
         sizes = {head: f"{getattr(m, head) / 2**30:.2f}" for head in heads}
         cells = "".join(f"{sizes[head]:>{len(head) + 2}}" for head in heads)
-        lines.append(f"  {stage.name[:15]:<15}{stage.precision:4}{cells}")
+        lines.append(f"  {stage.name[:13]:<13}{stage.precision:4}{cells}")
         verdicts.append(f"  {stage.name}: {_verdict(stage, m, ranks=ranks, machine=machine)}")
     lines.append(f"Activations are those of the fullest micro-batch: {_micro_batch(stages)}")
     return "\n".join([*lines, _device(machine, ranks), *verdicts])
@@ -198,7 +200,7 @@ def _device(machine: Machine, ranks: int) -> str:
 def _verdict(stage: TrainConfig, needed: Memory, *, ranks: int, machine: Machine) -> str:
     """Whether a stage has room, and if not the least change of those known with which it has."""
     share = ranks if machine.kind == "cpu" else 1  # which share the machine's memory
-    if _fits(needed, machine, share):
+    if fits(needed, machine, share):
         return "fits"
     total = f"{needed.total * share / 2**30:.1f} GiB, and a tenth of the device is left free"
     changes: dict[str, dict[str, Any]] = {}
@@ -211,16 +213,17 @@ def _verdict(stage: TrainConfig, needed: Memory, *, ranks: int, machine: Machine
         before, changed = tried[-1]
         tried.append((f"{before} {words}".strip(), replace(changed, **fields)))
     cuda = machine.kind == "cuda"
-    needs = [(words, _needs(one, precision=one.precision, cuda=cuda)) for words, one in tried]
+    ways = [(words, needs(one, precision=one.precision, cuda=cuda)) for words, one in tried]
     more = ranks
     while more <= (MOST_RANKS if cuda else ranks):
-        for words, need in needs:
-            if _fits(need.on(more), machine, share):
+        for words, need in ways:
+            if fits(need.on(more), machine, share):
                 on = f" on {more} ranks" if more > ranks else ""
                 return f"does NOT fit ({total}); it does{f' with {words}' if words else ''}{on}"
         more *= 2
     return f"does NOT fit ({total}): train fewer parameters (trainable), or a smaller model"
 
 
-def _fits(needed: Memory, machine: Machine, share: int) -> bool:
+def fits(needed: Memory, machine: Machine, share: int) -> bool:
+    """Has a device room for `share` ranks, and `MARGIN` to spare?"""
     return needed.total * share <= machine.memory * (1 - MARGIN)

@@ -1,7 +1,9 @@
 """What a checkpoint or a Hugging Face folder is, in words."""
 
 import math
+import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import torch
 
 from neva.checkpoint import index, store
 from neva.checkpoint.foreign import is_foreign
-from neva.checkpoint.hf import read_source
+from neva.checkpoint.hf import around, read_source
 from neva.checkpoint.manifest import find
+from neva.checkpoint.nemo import is_nemo, read_nemo_config, unpack_texts
 from neva.data.tokenizer import load_tokenizer
+from neva.models import cost
 from neva.models.decoder import DecoderConfig
 from neva.models.vit import VisionConfig
 from neva.models.vlm import ProjectorConfig, VLMConfig, part_of
@@ -20,8 +24,13 @@ from neva.models.vlm import ProjectorConfig, VLMConfig, part_of
 def inspect(path: Path) -> dict[str, Any]:
     """Family, sizes, dtypes, parameters of each part, image layout, tokenizer, template, origin and step.
 
-    A neva checkpoint is verified against its manifest byte by byte. ValueError for what is neither that nor a folder that can be imported.
+    A neva checkpoint is verified against its manifest byte by byte; of a NeMo checkpoint the texts alone are read. ValueError for what is
+    none of these, nor a folder that can be imported.
     """
+    if is_nemo(path):
+        return _nemo(path)
+    if path.is_file():
+        raise ValueError(f"{path} is a file, and no .nemo: give the folder that it lies in")
     if is_foreign(path):
         return _folder(path)
     folder = find(path)
@@ -40,6 +49,38 @@ def inspect(path: Path) -> dict[str, Any]:
         "tokenizer": f"{load_tokenizer(tokenizer).size} tokens" if tokenizer.is_dir() else "none",
         "template": described.get("template") or "the tokenizer's own",
         "origin": _origin(described),
+    }
+
+
+def _nemo(path: Path) -> dict[str, Any]:
+    """A NeMo checkpoint by its config and tokenizer; its weights, which may be unpacked for minutes,
+    are left alone."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = path
+        if path.is_file():
+            folder = Path(scratch) / "texts"
+            unpack_texts(path, folder)
+        source = read_nemo_config(folder)
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        tokens = f"{load_tokenizer(source.tokenizer).size} tokens" if source.text else "none"
+    model = source.model
+    if isinstance(model, DecoderConfig):
+        whole = VLMConfig(decoder=model, vision=None, projector="none")
+    else:
+        whole = around(model) if isinstance(model, VisionConfig) else model
+    counts = asdict(cost.parameters(whole))
+    # A NeVA's encoder is a checkpoint of its own.
+    own = [part for part in counts if (part == "vision") == (source.kind == "vision")]
+    own = own if source.kind != "decoder" else ["decoder", "head"]
+    return {
+        "file" if path.is_file() else "folder": str(path),
+        "format": source.format,
+        "holds": source.kind,
+        "bytes": sum(file.stat().st_size for file in files),
+        **_model(model),
+        "parameters": f"{sum(counts[part] for part in own):,} by its config",
+        "weights": "not read; `neva import` reads and checks them",
+        "tokenizer": tokens if source.kind != "vision" else "none",
     }
 
 

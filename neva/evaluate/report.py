@@ -228,7 +228,7 @@ ABSENT: dict[str, object] = {"note": "", "source": "", "accuracy": {}, "scores":
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "stage": ("name", str),
     "steps": ("steps", "{:,}".format),
-    "of": ("planned", "{:,}".format),
+    "steps planned": ("planned", "{:,}".format),
     "parameters trained": ("trainable", "{:,}".format),
     "frozen tensors that changed": ("frozen_changed", str),
     "loss, first step": ("loss_first", "{:.3f}".format),

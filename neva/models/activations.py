@@ -68,7 +68,7 @@ def saved(config: VLMConfig, work: Work, how: How) -> Parts:
 
 def working(config: VLMConfig, work: Work, how: How) -> int:
     """Bytes that backward needs for a while beside what is kept: the gradients within a block, or
-    those of the head and a tile of logits; or before that, the widest layer of the encoder."""
+    those of the head and a tile of logits."""
     d, tokens = config.decoder, sum(work.documents)
     branches = (3 if d.mlp in GATED else 2) * (d.active_experts if d.experts else 1)
     block = tokens * (branches * d.ffn + 3 * d.width) * how.size
@@ -77,6 +77,16 @@ def working(config: VLMConfig, work: Work, how: How) -> int:
     if ("decoder" if d.tied else "head") in how.trained:
         head += d.vocab * d.width * (FP32 + (how.size if how.size < FP32 else 0))
     return max(block, head)
+
+
+def seeing(config: VLMConfig, work: Work, how: How) -> int:
+    """Bytes that the encoder needs in forward before anything is kept of it: a layer's hidden state,
+    and what is widest within it."""
+    v = config.vision
+    if v is None:
+        return 0
+    tokens = work.tiles * (v.patches + v.class_token)
+    return tokens * (2 * v.width + max(2 * v.ffn, 4 * v.heads * v.head)) * how.size
 
 
 def _norm(tokens: int, width: int, kind: str, how: How, *, own: bool, flows: bool = True) -> int:

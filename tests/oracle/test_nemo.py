@@ -12,7 +12,9 @@ import torch
 import transformers as tf
 import yaml
 
+import neva
 from neva import api
+from neva.models import cost
 from neva.models.vlm import build as build_ours
 from tests.families import DECODERS, SEEN, TEXT, clip, llama, llava, pair
 from tests.nemo import fuse, rank_state, save_dcp, stacked, write, write_distributed
@@ -324,3 +326,44 @@ def test_index_that_runs_code(tmp_path):
     (folder / "model_weights" / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match=r"\.metadata is refused: .*builtins.print"):
         api.import_checkpoint([folder], tmp_path / "neva")
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inspect(kind, tp, tmp_path):
+    """Sizes as they are, the parameters of transformers' model, and no weight unpacked: the weights'
+    members of the archive are broken."""
+    both = pair(KINDS[kind](), tmp_path / "hf")
+    decoder = both.ours.config.decoder
+    more = {"override_vocab_size": 72}
+    archive = write(tmp_path / "model.nemo", dict(both.ours.named_parameters()), decoder, core=True, tp=tp, more=more)
+    broken = tmp_path / "broken.nemo"
+    with tarfile.open(archive) as whole, tarfile.open(broken, "w") as out:
+        for member in whole:
+            held = whole.extractfile(member)
+            content = held.read() if held is not None else b""
+            if member.name.endswith(".ckpt"):
+                content = b"no weights"
+            member.size = len(content)
+            out.addfile(member, io.BytesIO(content))
+    found = neva.inspect(broken)
+    assert found["holds"] == "decoder" and found["format"] == "nemo" and found["bytes"] == broken.stat().st_size
+    assert f"{decoder.layers} layers of width {decoder.width}" in found["decoder"]
+    count = sum(p.numel() for p in both.theirs.parameters())
+    assert found["parameters"] == f"{count:,} by its config"
+    assert "not read" in found["weights"] and found["tokenizer"] == "none"
+
+
+def test_inspect_of_a_neva_counts_no_encoder(tmp_path):
+    both = pair(llava(llama(num_hidden_layers=4, vocab_size=72)), tmp_path / "hf")
+    more = NEVA | {"override_vocab_size": 72}
+    ours = dict(both.ours.named_parameters())
+    archive = write(tmp_path / "neva.nemo", ours, both.ours.config.decoder, core=True, tp=1, more=more)
+    found = neva.inspect(archive)
+    assert found["holds"] == "vlm" and "mlp2x_gelu" in found["projector"]
+    told = int(found["parameters"].split()[0].replace(",", ""))
+    counts = cost.parameters(both.ours.config)
+    assert told == counts.projector + counts.decoder + counts.head
+    (tmp_path / "x.bin").touch()
+    with pytest.raises(ValueError, match="x.bin is a file, and no .nemo"):
+        neva.inspect(tmp_path / "x.bin")
