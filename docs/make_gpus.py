@@ -45,10 +45,10 @@ def _row(recipe: str, stage: TrainConfig, *, note: str) -> str:
     needs = plan.needs(replace(stage, precision="bf16"), precision="bf16", cuda=True)
     one, eight = needs.on(1), needs.on(8)
     kept = one.weights + one.gradients + one.optimiser
-    ranks = next(n for n in (1, 2, 4, 8, 16, 32, 64) if plan.fits(needs.on(n), GPU, 1))
+    ranks = next((n for n in (1, 2, 4, 8, 16, 32, 64) if plan.fits(needs.on(n), GPU, 1)), None)
     cells = (kept, one.activations, one.total, eight.total)
     shown = " | ".join(f"{size / 2**30:.1f}" for size in cells)
-    gpus = "one GPU" if ranks == 1 else f"{ranks} GPUs"
+    gpus = "no number of GPUs" if ranks is None else "one GPU" if ranks == 1 else f"{ranks} GPUs"
     return f"| {recipe} | {stage.name}{note} | {shown} | {gpus} |"
 
 

@@ -14,11 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
+import neva
+from neva import api, config
 from neva.data.sample import Picture, Sample, Turn
 from neva.evaluate import report
 from neva.evaluate.question import Judged, Question, blanked, questions, suited
 from neva.evaluate.run import accuracy, best_blind, summary
 from neva.infer.generate import Answer
+from neva.job import TrainConfig
+from neva.models import cost
+from neva.models.presets import VLMS
+from tests import runs
 
 CHROMIUM = shutil.which("chromium") or ""
 REPORT = {
@@ -342,3 +348,86 @@ def test_a_browser_draws_the_page(tmp_path: Path) -> None:
         assert 0.95 * 84**2 <= drawn[colour] <= 84**2
     assert drawn[(0xFE, 0xF2, 0xF2)] > 5000
     assert drawn[(0xD9, 0x77, 0x06)] > 100  # the second curve
+
+
+def metric(stage: str, step: int, **fields: object) -> dict:
+    line = {"stage": stage, "step": step, "loss": 3.0 - step / 10, "losses": {"a": 2.0, "b_c": 1.0}, "tokens": 90, "padding": 0.1}
+    return line | {"seconds": 2.0, "memory_gib": 1.0 + step, "samples": step * 4, "skipped_samples": step} | fields
+
+
+def run_folder(folder: Path) -> Path:
+    """A run of two stages of 4 steps that stands in the second, whose last line is being written."""
+    model = VLMS["llava-tiny"]
+    stages = [TrainConfig(name=name, model=model, trainable=(trained,), steps=4) for name, trained in (("one", "projector.*"), ("two", "*"))]
+    folder.mkdir()
+    config.save(stages, folder / "config.yaml")
+    lines = [metric("one", n) for n in range(1, 5)] + [metric("two", 5), metric("two", 6, loss=None, losses={})]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"stage": "tw')
+    scores = [{"stage": "two", "step": 5, "yes_no": 0.75, "<b>": 0.5}, {"stage": "two", "step": 6, "yes_no": 0.5, "<b>": 0.625}]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scores))
+    return folder
+
+
+def test_a_runs_page_says_what_its_files_say(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    page = Page(api.report(run).read_text(encoding="utf-8"))
+    counts = cost.parameters(VLMS["llava-tiny"])
+    heads = ["stage", "steps", "steps planned", "parameters trained", "loss, first step", "loss, last step", "samples"]
+    assert page.rows[:3] == [["kind", "last", "best", "at step"], ["yes no", "50.0%", "75.0%", "5"], ["<b>", "62.5%", "62.5%", "6"]]
+    assert page.rows[3] == [*heads, "left out", "padding", "tokens a second", "time"]
+    assert page.rows[4] == ["one", "4", "4", f"{counts.projector:,}", "2.900", "2.600", "16", "4", "10.0%", "45", "8 s"]
+    assert page.rows[5] == ["two", "2", "4", f"{counts.total:,}", "2.500", "2.500", "24", "6", "10.0%", "45", "4 s"]
+    assert "6 of 8 steps in 12 s, 7.00 GiB at most. It is not at its end." in page.text and str(run) in page.text
+    assert not page.named("img") and len(page.named("svg")) == 3
+    (run / "metrics.jsonl").unlink()
+    (run / "evaluations.jsonl").unlink()
+    empty = Page(api.report(run).read_text(encoding="utf-8"))
+    assert "0 of 8 steps in 0 s" in empty.text and empty.rows[1][:4] == ["one", "0", "4", f"{counts.projector:,}"]
+    (run / "config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"config\.yaml: No such file"):
+        api.report(run)
+
+
+def test_a_long_run_has_curves_of_bounded_length() -> None:
+    many = {f"k{n}": 1.0 for n in range(20)}
+    lines = [metric("one", n, losses=many | {"rare": 1.0} if n % 50 else many) for n in range(1, 5001)]
+    (plot,) = report.loss_plots(lines)
+    assert len(plot.curves) == len(report.COLOURS) and plot.more == 21 - len(report.COLOURS)
+    points = [curve.points.split() for curve in plot.curves]
+    assert all(report.MOST_POINTS / 2 < len(row) <= report.MOST_POINTS for row in points)
+    assert all(float(row[-1].split(",")[0]) == pytest.approx(report.WIDTH - 8, abs=0.1) for row in points)
+
+
+def test_every_run_leaves_a_page_and_a_refused_one_none(tmp_path: Path) -> None:
+    said: list[str] = []
+    given = ["llava-tiny/finetune", [*runs.SMALL, f"out={tmp_path / 'run'}", "steps=2", "data.workers=0"]]
+    neva.train(*given, say=said.append)
+    page = tmp_path / "run" / "report.html"
+    assert "2 of 2 steps" in page.read_text() and f"See {page}" in said
+    page.unlink()
+    with pytest.raises(ValueError, match="holds a run already"):
+        neva.train(*given, say=said.append)
+    assert not page.exists()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Debian's chromium is not installed: the page is not drawn")
+@pytest.mark.parametrize("kind", ["run", "demo"])
+def test_nothing_is_cut_off_on_a_telephone(kind: str, tmp_path: Path) -> None:
+    """At 420 pixels the margin right of the cards is empty from top to bottom."""
+    written(tmp_path)
+    place = api.report(run_folder(tmp_path / "run")) if kind == "run" else tmp_path / "report.html"
+    drawn = screenshot(place, tmp_path, width=420, height=2200)
+    ground = drawn.getpixel((2, 2))
+    margin = drawn.crop((408, 0, 420, 2200))
+    assert margin.getcolors() == [(12 * 2200, ground)] and drawn.crop((20, 0, 400, 2200)).getcolors(2**20) != [(380 * 2200, ground)]
+
+
+def screenshot(page: Path, scratch: Path, *, width: int, height: int) -> Image.Image:
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=1"]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={scratch / 'profile'}", f"--window-size={width},{height}"]
+    command += [f"--screenshot={scratch / 'page.png'}", page.as_uri()]
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    with Image.open(scratch / "page.png") as shown:
+        return shown.convert("RGB")
