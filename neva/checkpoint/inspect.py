@@ -66,8 +66,11 @@ def _nemo(path: Path) -> dict[str, Any]:
     model = source.model
     if isinstance(model, DecoderConfig):
         whole = VLMConfig(decoder=model, vision=None, projector="none")
+    elif isinstance(model, VisionConfig):
+        whole = around(model)
     else:
-        whole = around(model) if isinstance(model, VisionConfig) else model
+        assert isinstance(model, VLMConfig), "no NeMo checkpoint is a projector alone"
+        whole = model
     counts = asdict(cost.parameters(whole))
     # A NeVA's encoder is a checkpoint of its own.
     own = [part for part in counts if (part == "vision") == (source.kind == "vision")]

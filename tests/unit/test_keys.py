@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import neva
 from docs import make_keys
-from neva import config, job
+from neva import api, config, job
 from neva.cli import main
 from neva.config import Key, override
 from neva.job import NAMED, OptimConfig, TrainConfig, find_keys
@@ -119,6 +120,16 @@ def test_values_of_python_are_what_texts_are() -> None:
     changed = override(STAGES, {"optim": OptimConfig(lr=5.0)}, named=NAMED)
     assert [stage.optim.lr for stage in changed] == [5.0, 5.0]
     assert override(STAGES, with_epochs({"epochs": 2, "steps": 3}), named=NAMED)[0].epochs == 0
+
+
+def test_neva_takes_a_dict_and_refuses_a_text() -> None:
+    stages = neva.recipe("llava-tiny", {"optim.lr": 0.25, "finetune:steps": 7})
+    assert [stage.optim.lr for stage in stages] == [0.25, 0.25] and stages[1].steps == 7
+    for call in (neva.recipe, neva.train, api.dry_run, api.show):
+        with pytest.raises(ValueError, match=r"not the text 'out=x': write \['out=x'\]"):
+            call("llava-tiny", "out=x")
+    with pytest.raises(ValueError, match="not the text 'out=x'"):
+        api.demo("out=x")
 
 
 @pytest.mark.parametrize(
