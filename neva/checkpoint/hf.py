@@ -360,7 +360,7 @@ def _own_positions(
     if not isinstance(own, VisionConfig) or vision is None:
         return tuple(shape)
     if source.format == "NVLM_D":  # its `force_image_size` resizes those that its encoder holds
-        own = replace(own, image=source.config["vision_config"]["image_size"])
+        own = replace(own, image=hf_vlm.stored_side(source.config))
     return (own.patches + own.class_token, *shape[1:])
 
 

@@ -172,6 +172,7 @@ def nvlm_config(config: Json, *, qkv_rows: int = 0) -> VLMConfig:
     """
     must(config, {"downsample_ratio": 0.5, "use_backbone_lora": 0, "use_llm_lora": 0, "use_thumbnail": True})
     seen = {**config["vision_config"], "image_size": config.get("force_image_size") or config["vision_config"]["image_size"]}
+    stored_side(config)  # for its errors
     dynamic = config.get("dynamic_image_size", True)
     fewest, most = (config.get("min_dynamic_patch", 1), config.get("max_dynamic_patch", 6)) if dynamic else (1, 1)
     image = ImageConfig(
@@ -183,6 +184,12 @@ def nvlm_config(config: Json, *, qkv_rows: int = 0) -> VLMConfig:
         decoder=decoder_config(nvlm_text(config)), vision=vision_config(seen, select_layer=config.get("select_layer", -1), qkv_rows=qkv_rows),
         projector="norm_ffn_gelu", pixel_shuffle=config.get("ps_version", "v2"), image=image,
     )  # fmt: skip
+
+
+def stored_side(config: Json) -> int:
+    """Pixels a side that an NVLM-D's stored position embeddings are of; `force_image_size` resizes
+    them. ValueError for a size that is none."""
+    return vision_config(config["vision_config"]).image
 
 
 def nvlm_text(config: Json) -> dict[str, Any]:

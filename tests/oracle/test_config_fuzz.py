@@ -16,6 +16,7 @@ from neva import api
 from neva.checkpoint.hf import Options, compose, plan, read_source
 from tests.families import DECODERS, ENCODERS, IMAGE_ID, VLMS, build, clip, llama
 from tests.oracle.test_convert import whole
+from tests.oracle.test_nvlm import nvlm
 
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 3, 1.5, 10**18, -(10**18), 1e308, float("nan"), "abc", "", "7", [], [1, 2], {}, {"a": 1},
@@ -106,6 +107,13 @@ def test_one_field_of_the_original_layout_changed(tmp_path: Path) -> None:
     compose_both(tmp_path / "hf")
     count, found = faults(tmp_path / "hf", compose_both)
     assert count > 500 and found == []
+
+
+def test_one_field_of_an_nvlm_changed(tmp_path: Path) -> None:
+    """NVLM-D's, which names its parts otherwise; heads of zeros are seen in its weights."""
+    nvlm(tmp_path / "hf", padded=1)
+    count, found = faults(tmp_path / "hf", read)
+    assert count > 250 and found == []
 
 
 LONG = ("llama3 scaling", "mixtral", "llava with its text")
