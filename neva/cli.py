@@ -425,7 +425,7 @@ class _Progress:
 @click.option("--seed", type=int, metavar="N", help="Seed of a new projector.")
 @click.option("--no-parity", is_flag=True, help="Publish without comparing with transformers; the checkpoint remembers it.")
 def import_(arguments: tuple[str, ...], out: str | None, decoder: str | None, vision: str | None, no_parity: bool, **options: Any) -> None:
-    """Make a neva checkpoint of SRC: a Hugging Face folder or hf:org/name, a LLaVA, a decoder or an encoder.
+    """Make a neva checkpoint of SRC: a Hugging Face folder or hf:org/name[@revision], a LLaVA, a decoder, an encoder or a projector.
 
     KEY=VALUE changes the model's config on the way: image.aspect=pad, vision.image=448, vision.select_layer=-1.
     """
