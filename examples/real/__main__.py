@@ -28,7 +28,7 @@ from examples.real.place import placed, read_lines, write
 HERE = Path(__file__).parent
 SIDE = 56
 """Side of the pictures that the encoder is shown, in pixels: 16 patches, so 16 tokens a picture."""
-STEPS = {"pretrain": 30, "finetune": 100}
+STEPS = {"pretrain": 55, "finetune": 24}
 QUICK = {"pretrain": 4, "finetune": 4}
 BLEND = {"shapes": 0.4, "signs": 0.4, "text": 0.2}
 """Shares of the samples of the second stage."""
@@ -122,7 +122,10 @@ def write_text(place: Place) -> None:
 
 
 def train(place: Place) -> None:
-    """Two stages of LLaVA's recipe: the projector on captions, then projector and decoder."""
+    """LLaVA's two stages, captions and questions, both for projector and decoder.
+
+    The projector by itself learns little from so few captions.
+    """
     data = place / "data"
     blend = []
     for name, weight in BLEND.items():
@@ -131,8 +134,10 @@ def train(place: Place) -> None:
     neva(
         *("train", "llava15-7b", f"out={place / 'run'}", f"init.model={place / 'start'}"),
         *("batch.seq_length=512", "batch.rows=1", "data.workers=0", "recompute=none"),
-        *("checkpoint.every=25", "checkpoint.keep_last=1"),
+        *("optim.warmup=5", "checkpoint.every=25", "checkpoint.keep_last=1"),
         *(f"pretrain:data.source={data / 'captions.json'}", f"pretrain:data.image_folder={data}"),
+        "pretrain:trainable=[projector.*, decoder.*, head.*]",
+        "pretrain:optim.lr=3e-4",
         f"pretrain:steps={place.steps['pretrain']}",
         *(f"finetune:data.sources={json.dumps(blend)}", "finetune:optim.lr=3e-4"),
         f"finetune:steps={place.steps['finetune']}",

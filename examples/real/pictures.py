@@ -114,20 +114,19 @@ def caption(label: dict) -> str:
 
 
 def about_shapes(labels: list[dict]) -> list[dict]:
-    """Two conversations about each picture: what it shows, and two questions for yes or no."""
+    """A conversation about each picture: two questions for yes or no, then what it shows."""
     draw = random.Random(1)
     rows = []
     for label in labels:
-        asked = [which_shape(label, draw), which_colour(label, draw)]
-        draw.shuffle(asked)
-        kind = "shape" if asked[0][1] == label["shape"] else "colour"
-        rows.append(row(label["image"], kind, *asked[0], *asked[1]))
-        asked = [
+        closed = [
             yes_or_no(IS_SHAPE, label["shape"], SHAPES, draw),
             yes_or_no(IS_COLOUR, label["colour"], COLOURS, draw),
         ]
-        draw.shuffle(asked)
-        rows.append(row(label["image"], "yes_no", *asked[0], *asked[1]))
+        opened = [which_shape(label, draw), which_colour(label, draw)]
+        draw.shuffle(closed)
+        draw.shuffle(opened)
+        turns = [text for asked in (*closed, *opened) for text in asked]
+        rows.append(row(label["image"], "shapes", *turns))
     return rows
 
 
