@@ -36,7 +36,9 @@ def make(out: Path, page: Path | None = None) -> None:
     found = gather(out)
     write(out / "report.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     draw(out)
-    text = "\n\n".join((scores(found), facts(found), prompts(found), proofs(found), times(found)))
+    trained = "Trained for {} and {} steps.".format(*found["trained"])
+    tables = [table(found) for table in (scores, facts, prompts, proofs, times)]
+    text = "\n\n".join((trained, *tables))
     print(f"\n{text}\n\nSee {out / 'answers.png'}; ask it yourself:")
     ask = f"--image {out}/data/signs/3_07.jpg --prompt 'Which digit does the hand show?'"
     print(f"neva generate {out / 'run'} {ask}")

@@ -86,7 +86,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_part_whose_result_is_there_is_passed_over(tmp_path: Path) -> None:
-    place = example.Place(out=tmp_path, quick=True)
+    place = example.Place(out=tmp_path)
     made: list[str] = []
 
     def make(place: example.Place) -> None:
@@ -101,15 +101,15 @@ def test_a_part_whose_result_is_there_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_length_of_training_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "trained.json", json.dumps(example.QUICK))
-    example.check_steps(example.Place(out=tmp_path, quick=True))
+    write(tmp_path / "trained.json", json.dumps([4, 5]))
+    example.check_steps(example.Place(out=tmp_path, steps=(4, 5)))
     with pytest.raises(SystemExit, match="name another --out"):
-        example.check_steps(example.Place(out=tmp_path, quick=False))
+        example.check_steps(example.Place(out=tmp_path))
 
 
 def test_two_starts_do_not_work_in_one_folder(tmp_path: Path) -> None:
     """The lock outlives a start that was killed as long as its command runs on."""
-    place = example.Place(out=tmp_path, quick=True)
+    place = example.Place(out=tmp_path)
     code = "import sys, time; print('up', flush=True); time.sleep(60)"
     with example.alone(place):
         command = [sys.executable, "-c", code]
@@ -183,7 +183,7 @@ def test_the_report_holds_a_runs_figures(data: Path, tmp_path: Path) -> None:
     said = {"facts": 29, "of": 40, "prompts": ["The capital\nof France | is Paris."] * 6}
     equal = {"heldout": {"equal": 239, "of": 240}, "prompts": {"equal": 6, "of": 6}, "apart": []}
     texts = {"lines": 3000, "ids_equal": 2999, "prompts": 6, "text_equal": 6}
-    files = {"before": said, "after": {**said, "facts": 28}, "trained": {"finetune": 4}}
+    files = {"before": said, "after": {**said, "facts": 28}, "trained": [55, 24]}
     for name, found in {**files, "decoder": texts, "transformers": equal}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     spent = [{"part": "Train", "seconds": 61.2, "cpu_seconds": 120.0}] * 2
@@ -194,9 +194,10 @@ def test_the_report_holds_a_runs_figures(data: Path, tmp_path: Path) -> None:
     report.make(tmp_path, page)
 
     told = page.read_text()
-    assert told.startswith("before\n<!-- made by examples.real -->\n| question")
+    assert told.startswith("before\n<!-- made by examples.real -->\nTrained")
     assert told.endswith("|\n<!-- end -->\nbehind\n")
     assert "| Which digit does the hand show? (10) | 75% | 75% | 12% |" in told
+    assert "Trained for 55 and 24 steps." in told
     assert "it tells 29 before training and 28 after" in told
     assert "| The capital of France \\| is Paris. |" in told
     assert "| token ids of lines of text | 2,999 of 3,000 |" in told
