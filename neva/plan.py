@@ -162,15 +162,18 @@ def table(stages: tuple[TrainConfig, ...], *, ranks: int, machine: Machine) -> s
     """The memory of each stage, whose precision is definite, and whether the device has it; to print."""
     heads = ("weights", "gradients", "optimiser", "gathered", "activations", "total")
     where = f"{counted(ranks, 'rank')}, each" if ranks > 1 else "1 rank"
+    found = []
+    for stage in stages:
+        need = needs(stage, precision=stage.precision, cuda=machine.kind == "cuda")
+        found.append(need.on(ranks))
+    small = max(m.total for m in found) < 2**30
     lines = [
-        f"Memory of {where}, in GiB",
+        f"Memory of {where}, in {'MiB' if small else 'GiB'}",
         f"  {'stage':<13}{'':4}" + "".join(f"{head:>{len(head) + 2}}" for head in heads),
     ]
     verdicts = []
-    for stage in stages:
-        need = needs(stage, precision=stage.precision, cuda=machine.kind == "cuda")
-        m = need.on(ranks)
-        sizes = {head: f"{getattr(m, head) / 2**30:.2f}" for head in heads}
+    for stage, m in zip(stages, found, strict=True):
+        sizes = {head: f"{getattr(m, head) / 2 ** (20 if small else 30):.2f}" for head in heads}
         cells = "".join(f"{sizes[head]:>{len(head) + 2}}" for head in heads)
         lines.append(f"  {stage.name[:13]:<13}{stage.precision:4}{cells}")
         verdicts.append(f"  {stage.name}: {_verdict(stage, m, ranks=ranks, machine=machine)}")

@@ -151,7 +151,7 @@ def test_a_stage_that_does_not_fit_is_told_the_change_with_which_it_does() -> No
     assert one[-2:][0] == "  pretrain: fits" and one[-1].endswith("; it does on 2 ranks")
     assert eight[-2:] == ["  pretrain: fits", "  finetune: fits"] and max(map(len, eight)) <= 80
     plain = tuple(replace(stage, recompute="none", batch=replace(stage.batch, micro_rows=4)) for stage in stages[1:])
-    (*_, verdict) = plan.table(plain, ranks=8, machine=machine.asked(24.0)).splitlines()
+    (*_, verdict) = plan.table(plain, ranks=8, machine=machine.asked(18.5)).splitlines()
     assert "does NOT fit" in verdict and verdict.endswith("it does with recompute=block batch.micro_rows=1")
     shared = machine.Machine(kind="cpu", name="CPU", memory=130 * 2**30, count=2)
     told = [plan.table(stages[:1], ranks=n, machine=shared).splitlines()[-1] for n in (2, 8)]
