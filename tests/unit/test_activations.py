@@ -154,8 +154,8 @@ def test_a_stage_that_does_not_fit_is_told_the_change_with_which_it_does() -> No
     (*_, verdict) = plan.table(plain, ranks=8, machine=machine.asked(18.5)).splitlines()
     assert "does NOT fit" in verdict and verdict.endswith("it does with recompute=block batch.micro_rows=1")
     shared = machine.Machine(kind="cpu", name="CPU", memory=130 * 2**30, count=2)
-    told = [plan.table(stages[:1], ranks=n, machine=shared).splitlines()[-1] for n in (2, 8)]
-    assert told[0] == "  pretrain: fits" and "does NOT fit" in told[1]  # two share it, eight do not
+    told = [plan.table(stages[:1], ranks=n, machine=shared).splitlines()[-1] for n in (2, 16)]
+    assert told[0] == "  pretrain: fits" and "does NOT fit" in told[1]  # two share it, 16 do not
 
 
 def test_the_page_of_gpus_is_up_to_date() -> None:
