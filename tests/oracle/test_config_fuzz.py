@@ -81,7 +81,14 @@ def read(folder: Path) -> None:
     plan([read_source(folder)], Options())
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+SLOW = ("llava", "mixtral", "mistral window", "qwen2")
+"""Families of which others like them are tried in the fast tests."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in FOLDERS],
+)
 def test_one_field_changed(name: str, tmp_path: Path) -> None:
     build(FOLDERS[name](), tmp_path / "hf")
     count, found = faults(tmp_path / "hf", read)
@@ -109,6 +116,7 @@ def test_one_field_of_the_original_layout_changed(tmp_path: Path) -> None:
     assert count > 500 and found == []
 
 
+@pytest.mark.slow
 def test_one_field_of_an_nvlm_changed(tmp_path: Path) -> None:
     """NVLM-D's, which names its parts otherwise; heads of zeros are seen in its weights."""
     nvlm(tmp_path / "hf", padded=1)

@@ -83,7 +83,7 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
     "open": ("a.json", b"[", "is not JSON"),
     "trailing comma": ("a.json", b'[{"id": 1},]', "is not JSON"),
     "two lists": ("a.json", b"[{}] [{}]", "is not JSON"),
-    "not UTF-8": ("a.json", '[{"id": "é"}]'.encode("utf-16"), "is not UTF-8"),
+    "not UTF-8": ("a.json", '"é"'.encode("latin-1"), "is not UTF-8"),
     "bracket in the place of a brace": ("a.json", b'[{"id": 1}, {"id": 2]', "is not JSON"),
     "comma left out at the end": ("a.json", b'[{"id": 1} {"id": 2}]', "is not JSON"),
 }
