@@ -309,14 +309,14 @@ def _say_score(result: dict[str, Any], out: str | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from neva.config import shown
+    from neva.config import counted, shown
 
     columns = {"accuracy": "accuracy", "baselines": "best answer without the image"}
     if "blank_image" in result:
         columns["blank_image"] = "images blanked"
     overall = result["overall"] or {}
     if overall:
-        table = Table("kind", caption=_questions(result["n"]))
+        table = Table("kind", caption=counted(result["n"], "question"))
         for heading in ("n", *columns.values()):
             table.add_column(heading, justify="right")
         for kind, count in result["counts"].items():
@@ -328,19 +328,15 @@ def _say_score(result: dict[str, Any], out: str | None) -> None:
     if result["without_truth"]:
         count = result["without_truth"]
         where = out or "--out FILE.jsonl keeps what the model says"
-        _echo(f"Not scored, since the file holds no answer: {_questions(count)} ({where})")
+        _echo(f"Not scored, since the file holds no answer: {counted(count, 'question')} ({where})")
     if result["left_out"]:
         asks = "the model's caption format asks first questions of images alone"
-        _echo(f"Left out: {_questions(result['left_out'])}; {asks}")
+        _echo(f"Left out: {counted(result['left_out'], 'question')}; {asks}")
     _say_refused(result["errors"])
     if result["errors"]:
         _echo("Of those not asked, the ones whose question can be read count as wrong.", err=True)
     if out is not None:
         _echo(f"Answers: {out}; settings and score: {out.removesuffix('.jsonl')}.report.json")
-
-
-def _questions(count: int) -> str:
-    return f"{count:,} question{'' if count == 1 else 's'}"
 
 
 SHOWN = 10

@@ -267,10 +267,18 @@ def _assigned(cls: type, tree: Any, path: str, value: Any, named: Named) -> Any:
 
 def save(stages: Sequence[Any], path: str | Path) -> None:
     """Write the stages as a YAML list that `load` reads back equal. The file appears whole or not at all."""
-    path = Path(path)
+    write_whole(Path(path), dumps(stages))
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, a text as UTF-8: at `path` it appears whole or not at all."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(dumps(stages), encoding="utf-8")
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ are too long or cannot be read, keys that are not read."""
 from dataclasses import dataclass, field
 
 from neva.batch import ImageLayout
+from neva.config import counted
 from neva.data.draw import Bad
 from neva.data.encode import Measure
 from neva.data.pack import Budget
@@ -89,8 +90,7 @@ class Seen:
         if (bad := self.first()) is not None:
             clauses.append(f"{_count(self.broken)} unreadable and left out, {bad}")
         if self.longest.tokens:
-            tiles = self.longest.tiles
-            size = f"{self.longest.tokens:,} tokens and {tiles} tile{'s' * (tiles != 1)}"
+            size = f"{self.longest.tokens:,} tokens and {counted(self.longest.tiles, 'tile')}"
             clauses.append(f"the longest is {longest} with {size}")
         return clauses
 

@@ -3,13 +3,13 @@
 import fcntl
 import hashlib
 import json
-import os
 import reprlib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from neva.config import write_whole
 from neva.evaluate.question import Judged, Question
 from neva.infer.generate import Answer
 
@@ -74,7 +74,7 @@ class Predictions:
     def finish(self, score: dict[str, Any] | None) -> None:
         """Put the lines in the order of the rows, each question once, and write the score."""
         lines = [self._lines[key] for key in sorted(self._lines)]
-        _replace(self.path, b"".join(map(_encoded, lines)))
+        write_whole(self.path, b"".join(map(_encoded, lines)))
         self._write_report(score)
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class Predictions:
     def _write_report(self, score: dict[str, Any] | None) -> None:
         report = {"settings": self._settings, "score": score}
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        _replace(self.report, text.encode())
+        write_whole(self.report, text)
 
 
 def _locked(path: Path) -> BinaryIO:
@@ -141,15 +141,6 @@ def _locked(path: Path) -> BinaryIO:
         raise ValueError(f"another process writes {path}: wait for it, or name another --out") from None
     file.seek(0)
     return file
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _short(settings: dict[str, Any], name: str) -> str:

@@ -275,9 +275,7 @@ def write(path: Path, *, report: dict, plots: Sequence[Plot], shown: Sequence[Ju
         rows=rows,
         size=size,
     )
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    tree.write_whole(path, text)
 
 
 def _data_url(picture: Picture) -> str:

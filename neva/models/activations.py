@@ -167,8 +167,6 @@ def _projector(config: VLMConfig, work: Work, how: How) -> int:
     name, width = config.projector, config.feature_width
     normed = name.startswith("norm_")
     widths = width * (own + normed)
-    if normed and not own:
-        widths = width
     hidden = config.decoder.ffn if name == "norm_ffn_gelu" else config.decoder.width
     between = 1 if name == "norm_ffn_gelu" else max(0, _depth(name) - 1)
     return features * (widths + between * (1 + own) * hidden) * how.size

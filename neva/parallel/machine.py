@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from neva.config import counted
+
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Where Linux says how much memory a container may use."""
 
@@ -24,7 +26,7 @@ class Machine:
     """GPUs of this machine, or cores that this process may use; 0 where it is not known."""
 
     def __str__(self) -> str:
-        cores = f"{self.count} core{'s' * (self.count != 1)}, " if self.kind == "cpu" else ""
+        cores = f"{counted(self.count, 'core')}, " if self.kind == "cpu" else ""
         return f"{self.name} ({cores}{self.memory / 2**30:.1f} GiB)"
 
 

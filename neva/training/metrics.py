@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from neva.batch import Batch
-from neva.config import counted
+from neva.config import counted, write_whole
 from neva.job import TrainConfig
 from neva.models import cost
 
@@ -126,9 +126,7 @@ def cut_back(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # torn
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def steps_of(path: Path) -> set[int]:

@@ -274,7 +274,7 @@ def test_what_is_kept_is_not_asked_again(
     taken = {line for line in change(marked) if line in marked}
     expected = [mark if mark in taken else line for line, mark in zip(whole, marked, strict=True)]
     assert kept.read_text().splitlines(keepends=True) == expected
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_half_a_line_is_cut_off_before_another_is_written(
