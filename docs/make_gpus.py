@@ -25,7 +25,8 @@ RECIPES: dict[str, dict[str, object]] = {
 
 
 def table() -> str:
-    """A row for each stage: what a rank needs in GiB, of one and of eight, and the least number that fits."""
+    """A row for each stage: what a rank needs in GiB, of one and of eight, and the least number
+    that fits."""
     lines = [
         "| recipe | stage | weights, gradients, Adam of all ranks | activations | one rank | each of eight | fits 80 GB from |",
         "|---|---|---|---|---|---|---|",

@@ -83,8 +83,8 @@ def recipe(
     say: Callable[[str], None] | None = None,
     trust_code: bool = False,
 ) -> tuple[TrainConfig, ...]:
-    """The stages of a recipe (NAME, NAME/STAGE or a saved FILE.yaml) with overrides applied: texts such as
-    `optim.lr=1e-4`, or a dict such as {"optim.lr": 1e-4}.
+    """The stages of a recipe (NAME, NAME/STAGE or a saved FILE.yaml) with overrides applied: texts
+    such as `optim.lr=1e-4`, or a dict such as {"optim.lr": 1e-4}.
 
     `say` gets a line for each stage in which a checkpoint named by `init` puts its own model in the recipe's place.
     ValueError for a function to run (`image.process`) that neither the recipe nor an override
@@ -168,7 +168,8 @@ def cache() -> Path:
 
 
 def fetch(source: str) -> Path:
-    """A local folder as it is; `hf:org/name[@revision]` from the Hugging Face cache, or downloaded into it."""
+    """A local folder as it is; `hf:org/name[@revision]` from the Hugging Face cache, or downloaded
+    into it."""
     if not source.startswith("hf:"):
         return Path(source)
     return download(source.removeprefix("hf:"))
@@ -365,11 +366,12 @@ def dry_run(
     trust_code: bool = False,
     say: Callable[[str], None] = tree.tell,
 ) -> None:
-    """All that `train` does before its first step, without weights: files, sizes, data, the trainable set.
+    """All that `train` does before its first step, without weights: files, sizes, data, the
+    trainable set.
 
-    Says the memory that each stage needs on each of `ranks`, and whether the device found has it, or a
-    GPU of `gpu_memory` GiB. With `resume` also whether the run can go on from its checkpoint, as
-    `train` takes it.
+    Says the memory that each stage needs on each of `ranks`, and whether the device found has it,
+    or a GPU of `gpu_memory` GiB. With `resume` also whether the run can go on from its checkpoint,
+    as `train` takes it.
     """
     resume = os.path.expanduser(resume or "")
     chosen = chosen_stages(
@@ -440,13 +442,13 @@ def generate(
 ) -> Iterator[dict]:
     """Answer one prompt about images, or every sample's last question of a LLaVA-format file, in batches.
 
-    Images stand where the prompt says `<image>`, else before it. `options` are fields of `Sampling`,
-    and `device`, `precision` and `trust_code` of `load` where `checkpoint` is a path.
-    Gives dicts {"id", "text", "finish", "tokens" (generated)}, for a file also "truth" where it holds one.
-    A question of a file that cannot be asked, such as one that is too long or in a row that cannot
-    be read, has the finish "error" and says why as "error"; a prompt that cannot is a ValueError.
-    `out`, a .jsonl file, keeps a file's answers: what it holds is not asked again (docs/evaluate.md).
-    `progress` is called with the numbers of questions done and of all.
+    Images stand where the prompt says `<image>`, else before it. `options` are fields of
+    `Sampling`, and `device`, `precision` and `trust_code` of `load` where `checkpoint` is a path.
+    Gives dicts {"id", "text", "finish", "tokens" (generated)}, for a file also "truth" where it
+    holds one. A question of a file that cannot be asked, such as one that is too long or in a row
+    that cannot be read, has the finish "error" and says why as "error"; a prompt that cannot is a
+    ValueError. `out`, a .jsonl file, keeps a file's answers: what it holds is not asked again
+    (docs/evaluate.md). `progress` is called with the numbers of questions done and of all.
     """
     loaded, sampling = _loaded(checkpoint, options)
     chosen = Sampling(**_sampling(sampling))

@@ -46,8 +46,9 @@ class ImageLayout:
     tokens_per_tile: int
     """Features that the projector gives for a tile."""
     aspect: Aspect = "pad"
-    """`square` squashes, `pad` pads to a square with `pad_colour`, `crop` resizes the short side and cuts out the centre: one tile each.
-    `tiles` cuts the image into the grid of tiles that is nearest to its shape (InternVL, NVLM), `anyres` into one of `pinpoints` (LLaVA-NeXT)."""
+    """`square` squashes, `pad` pads to a square with `pad_colour`, `crop` resizes the short side
+    and cuts out the centre: one tile each. `tiles` cuts the image into the grid of tiles that is
+    nearest to its shape (InternVL, NVLM), `anyres` into one of `pinpoints` (LLaVA-NeXT)."""
     min_tiles: int = 1
     max_tiles: int = 1
     """Fewest and most tiles that `tiles` cuts an image into, the thumbnail not counted."""

@@ -290,7 +290,8 @@ def evaluate(checkpoint: str, as_json: bool, strict: bool, **options: Any) -> No
     """Exact-match accuracy of a checkpoint on a data file, per kind of question and of all.
 
     Every answer of the file is a question; the turns before it are its prompt. Beside the accuracy
-    stands what the best answers score that can be given without the image. docs/evaluate.md says more.
+    stands what the best answers score that can be given without the image. docs/evaluate.md says
+    more.
     """
     from neva import api
 
@@ -421,7 +422,8 @@ class _Progress:
 @click.option("--seed", type=int, metavar="N", help="Seed of a new projector.")
 @click.option("--no-parity", is_flag=True, help="Publish without comparing with transformers; the checkpoint remembers it.")
 def import_(arguments: tuple[str, ...], out: str | None, decoder: str | None, vision: str | None, no_parity: bool, **options: Any) -> None:
-    """Make a neva checkpoint of SRC: a Hugging Face folder or hf:org/name[@revision], a LLaVA, a decoder, an encoder or a projector.
+    """Make a neva checkpoint of SRC: a Hugging Face folder or hf:org/name[@revision], a LLaVA, a
+    decoder, an encoder or a projector.
 
     KEY=VALUE changes the model's config on the way: image.aspect=pad, vision.image=448, vision.select_layer=-1.
     """
@@ -441,7 +443,8 @@ def import_(arguments: tuple[str, ...], out: str | None, decoder: str | None, vi
 @click.argument("path", metavar="CKPT|FOLDER|FILE.nemo", type=click.Path(exists=True))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def inspect(path: str, as_json: bool) -> None:
-    """Say what a checkpoint, a Hugging Face folder or a NeMo file holds; a checkpoint is verified."""
+    """Say what a checkpoint, a Hugging Face folder or a NeMo file holds; a checkpoint is
+    verified."""
     from neva import api
 
     found = api.inspect(path)

@@ -28,10 +28,12 @@ Named = Mapping[type, Mapping[str, Any] | Callable[[str], Any]]
 """What a sub-config may be set to by one word: per dataclass, its presets, or a function of the word."""
 
 Overrides = Sequence[str | tuple[str, Any]] | Mapping[str, Any]
-"""Changes of a config: texts such as `a.b=c`, or keys with values of Python, as pairs or in a dict."""
+"""Changes of a config: texts such as `a.b=c`, or keys with values of Python, as pairs or in a
+dict."""
 
 FilePath = Annotated[str, "path"]
-"""A file, a folder, or a word in place of one. At its front `~` is the user's home: a shell does not expand it in `key=~/file`."""
+"""A file, a folder, or a word in place of one. At its front `~` is the user's home: a shell does
+not expand it in `key=~/file`."""
 
 Limits = Mapping[str, tuple[int | float, int | float]]
 """Name of a number -> its least and most, both floats where it need not be whole."""
@@ -229,8 +231,8 @@ def override(stages: tuple[T, ...], overrides: Overrides, *, named: Named | None
 
 
 def pairs(overrides: Overrides) -> list[tuple[str, Any]]:
-    """Overrides as keys, each `a.b` or `STAGE:a.b`, and values. ValueError for what is none, such as
-    one text in place of a list."""
+    """Overrides as keys, each `a.b` or `STAGE:a.b`, and values. ValueError for what is none, such
+    as one text in place of a list."""
     if isinstance(overrides, str):
         texts = overrides.split() or ["key=value"]
         asdict = {key: value for key, _, value in (text.partition("=") for text in texts)}
@@ -525,7 +527,8 @@ class Key:
 
 
 def keys(cls: type, named: Named | None = None) -> Iterator[Key]:
-    """Every key of a config tree, in the order of its fields, each sub-config before what it holds."""
+    """Every key of a config tree, in the order of its fields, each sub-config before what it
+    holds."""
     for place in _walk(cls):
         words = (named or {}).get(place.inner) if place.inner and not place.many else None
         yield Key(

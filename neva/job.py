@@ -151,15 +151,15 @@ class InitConfig:
     """Where a stage's weights come from; empty, or equal to the `init` of the stage before: that stage, or fresh ones for the first."""
 
     model: FilePath = ""
-    """A whole model to start from: a neva checkpoint (a `step_N` folder, a run folder, an import), a Hugging Face folder, or
-    hf:org/name[@revision]."""
+    """A whole model to start from: a neva checkpoint (a `step_N` folder, a run folder, an import),
+    a Hugging Face folder, or hf:org/name[@revision]."""
     decoder: FilePath = ""
     """Where this part comes from in place of `model`'s: a checkpoint or folder as above, or `fresh`, which draws it anew from the seed."""
     vision: FilePath = ""
     """The same of the encoder."""
     projector: FilePath = ""
-    """The same of the projector; also LLaVA's `mm_projector.bin` or its folder, and an export of ours
-    with `--part projector`."""
+    """The same of the projector; also LLaVA's `mm_projector.bin` or its folder, and an export of
+    ours with `--part projector`."""
     cross: FilePath = ""
     """The same of the cross-attention layers, which are drawn anew where the decoder comes from a model without them."""
 
@@ -181,7 +181,8 @@ class LogConfig:
     """What is shown; `metrics.jsonl` gets every step whatever stands here."""
 
     every: int = 10
-    """Steps between printed lines, each of which tells the mean since the one before; 0 prints none."""
+    """Steps between printed lines, each of which tells the mean since the one before; 0 prints
+    none."""
     flops: bool = False
     """Print GFLOP/s too; `metrics.jsonl` always has them."""
     tensorboard: bool = True

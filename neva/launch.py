@@ -11,8 +11,8 @@ SPINS = "10000"
 
 
 def sleep_soon() -> None:
-    """Let OpenMP's threads sleep soon where they wait for each other, unless the environment says how
-    they wait; torch reads it once, when it is imported.
+    """Let OpenMP's threads sleep soon where they wait for each other, unless the environment says
+    how they wait; torch reads it once, when it is imported.
 
     By default they spin for as long as the work takes, which beside other processes, such as data
     workers, takes the cores from those that have something to do.

@@ -18,7 +18,8 @@ from neva.parallel.machine import Machine
 from neva.parallel.wrap import Group, freeze, sharding_groups
 
 MARGIN = 0.1
-"""Share of a device's memory that libraries, gaps between tensors and buffers of communication may take."""
+"""Share of a device's memory that libraries, gaps between tensors and buffers of communication may
+take."""
 MOST_RANKS = 4096
 
 
@@ -112,8 +113,9 @@ def _numbers(shapes: Sequence[torch.Size], ranks: int = 1) -> int:
 
 
 def _gathered(groups: Sequence[_Group], *, ranks: int, size: int) -> int:
-    """One process keeps all parameters gathered until backward has used them; several gather a group
-    while the one before is in use. Of gradients there are those of a group, and their sums in fp32."""
+    """One process keeps all parameters gathered until backward has used them; several gather a
+    group while the one before is in use. Of gradients there are those of a group, and their sums in
+    fp32."""
     wholes = sorted((_numbers(group.trained + group.frozen) for group in groups), reverse=True)
     parameters = sum(wholes) if ranks == 1 else sum(wholes[:2])
     gradients = max(_numbers(group.trained) for group in groups)
@@ -129,7 +131,8 @@ def _activations(config: TrainConfig, how: activations.How) -> int:
 
 
 def fullest(config: TrainConfig) -> cost.Work:
-    """A micro-batch of rows without padding, all of whose text is learnt, with as many tiles as fit."""
+    """A micro-batch of rows without padding, all of whose text is learnt, with as many tiles as
+    fit."""
     model, batch = config.model, config.batch
     tiles = _tiles(model, seq_length=batch.seq_length, most=batch.max_tiles)
     rows, tokens = batch.micro_rows, batch.seq_length
@@ -147,7 +150,8 @@ def fullest(config: TrainConfig) -> cost.Work:
 
 
 def _tiles(model: VLMConfig, *, seq_length: int, most: int) -> int:
-    """Tiles that a row can hold: all of them stand in it, or the thumbnail of each image, or none."""
+    """Tiles that a row can hold: all of them stand in it, or the thumbnail of each image, or
+    none."""
     if model.vision is None:
         return 0
     if model.inline == "all":
@@ -159,7 +163,8 @@ def _tiles(model: VLMConfig, *, seq_length: int, most: int) -> int:
 
 
 def table(stages: tuple[TrainConfig, ...], *, ranks: int, machine: Machine) -> str:
-    """The memory of each stage, whose precision is definite, and whether the device has it; to print."""
+    """The memory of each stage, whose precision is definite, and whether the device has it; to
+    print."""
     heads = ("weights", "gradients", "optimiser", "gathered", "activations", "total")
     where = f"{counted(ranks, 'rank')}, each" if ranks > 1 else "1 rank"
     found = []

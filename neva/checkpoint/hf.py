@@ -286,7 +286,8 @@ def _shapes(model: VLMConfig | None, vision: VisionConfig | None) -> dict[str, t
 
 
 def compose(sources: Sequence[Source], options: Options) -> tuple[VLMConfig | None, VisionConfig | None, list[str]]:
-    """The whole model's config (None for an encoder or a projector alone), the encoder's, and warnings.
+    """The whole model's config (None for an encoder or a projector alone), the encoder's, and
+    warnings.
 
     ValueError where the sources make no model.
     """

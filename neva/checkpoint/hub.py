@@ -1,4 +1,5 @@
-"""One model of the Hugging Face Hub in its cache: the texts of its top folder, and one set of its weights.
+"""One model of the Hugging Face Hub in its cache: the texts of its top folder, and one set of its
+weights.
 
 A repository may hold its weights two or three times: as safetensors, as torch files, and in folders
 of other programs. What transformers would read is downloaded, and nothing else.

@@ -24,8 +24,8 @@ from neva.models.vlm import ProjectorConfig, VLMConfig, part_of
 def inspect(path: Path) -> dict[str, Any]:
     """Family, sizes, dtypes, parameters of each part, image layout, tokenizer, template, origin and step.
 
-    A neva checkpoint is verified against its manifest byte by byte; of a NeMo checkpoint the texts alone are read. ValueError for what is
-    none of these, nor a folder that can be imported.
+    A neva checkpoint is verified against its manifest byte by byte; of a NeMo checkpoint the texts
+    alone are read. ValueError for what is none of these, nor a folder that can be imported.
     """
     if is_nemo(path):
         return _nemo(path)
@@ -53,8 +53,8 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _nemo(path: Path) -> dict[str, Any]:
-    """A NeMo checkpoint by its config and tokenizer; its weights, which may be unpacked for minutes,
-    are left alone."""
+    """A NeMo checkpoint by its config and tokenizer; its weights, which may be unpacked for
+    minutes, are left alone."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = path
         if path.is_file():

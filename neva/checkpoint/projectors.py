@@ -1,4 +1,5 @@
-"""A projector in a file of its own: LLaVA's `mm_projector.bin`, which its first stage leaves, and our `--part projector` export."""
+"""A projector in a file of its own: LLaVA's `mm_projector.bin`, which its first stage leaves, and
+our `--part projector` export."""
 
 from collections.abc import Mapping
 from pathlib import Path

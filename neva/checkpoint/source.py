@@ -83,7 +83,8 @@ WRAPPERS = (
     (re.compile(r"^base_model\.model\."), "PEFT", "merge the adapter with model.merge_and_unload() and save the result"),
     (re.compile(r"\.(lora_[AB]|base_layer)\."), "PEFT", "merge the adapter with model.merge_and_unload() and save the result"),
 )
-"""What stands in the names of a model that was saved inside a wrapper, who wrote it, and what to do."""
+"""What stands in the names of a model that was saved inside a wrapper, who wrote it, and what to
+do."""
 
 
 def check_wrappers(names: Iterable[str]) -> None:

@@ -312,7 +312,8 @@ def _padded(image: Image.Image, layout: ImageLayout) -> UInt8[Tensor, "p p 3"]:
 
 
 def _crop(image: Image.Image, layout: ImageLayout) -> Image.Image:
-    """CLIP's: the short side resized, the long side in proportion (rounded down), then the centre."""
+    """CLIP's: the short side resized, the long side in proportion (rounded down), then the
+    centre."""
     tile = layout.tile
     short, long = _crop_sides(image.size, layout)
     size = (short, long) if image.width <= image.height else (long, short)

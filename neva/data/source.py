@@ -74,8 +74,8 @@ class LlavaSource:
     With `questions` a conversation may end with a question, or with an empty answer, which is left
     out: what is asked needs no answer.
 
-    Raises ValueError for a file or folder that is missing, empty, or not in this format; SampleError
-    for a bad row, when it is read. A row that is not JSON costs no other row.
+    Raises ValueError for a file or folder that is missing, empty, or not in this format;
+    SampleError for a bad row, when it is read. A row that is not JSON costs no other row.
     """
 
     def __init__(

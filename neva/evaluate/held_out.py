@@ -1,4 +1,5 @@
-"""The held-out samples on which a stage of training is evaluated: found wanting before it begins."""
+"""The held-out samples on which a stage of training is evaluated: found wanting before it
+begins."""
 
 import random
 import time

@@ -101,7 +101,8 @@ def _scores(line: Mapping[str, object]) -> dict[str, float]:
 
 
 def of_run(run: Path) -> dict:
-    """What the page says of a run's folder, from its config.yaml, metrics.jsonl and evaluations.jsonl.
+    """What the page says of a run's folder, from its config.yaml, metrics.jsonl and
+    evaluations.jsonl.
 
     ValueError where it holds no config.yaml that can be read.
     """
@@ -239,7 +240,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tokens a second": ("tokens_per_s", "{:,.0f}".format),
     "time": ("seconds", duration),
 }
-"""Head of a column of the stages -> the field that it shows, and how. Those that no stage has are left out."""
+"""Head of a column of the stages -> the field that it shows, and how. Those that no stage has are
+left out."""
 
 
 def _table(stages: Sequence[dict]) -> tuple[list[str], list[list[str]]]:

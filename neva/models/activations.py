@@ -1,11 +1,12 @@
 """Bytes that a training step keeps from forward for backward, counted part by part from a config.
 
 Counted is what autograd saves of each operation, each tensor once: the inputs of norms, activations
-and attention, and where weights are trained the inputs of their products. A test compares the counts
-with torch's saved tensors. Masks, positions and other numbers of a few bytes a token are left out.
+and attention, and where weights are trained the inputs of their products. A test compares the
+counts with torch's saved tensors. Masks, positions and other numbers of a few bytes a token are
+left out.
 
-Letters: t tokens of a micro-batch with padding, n tiles, y keys of cross-attention, l labelled tokens,
-d width, f width inside the MLP, e bytes of a number in the precision of the computation.
+Letters: t tokens of a micro-batch with padding, n tiles, y keys of cross-attention, l labelled
+tokens, d width, f width inside the MLP, e bytes of a number in the precision of the computation.
 """
 
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ class How:
 
 
 def saved(config: VLMConfig, work: Work, how: How) -> Parts:
-    """Bytes that are kept when a micro-batch's forward ends, those of its largest block included that
-    `recompute` makes again."""
+    """Bytes that are kept when a micro-batch's forward ends, those of its largest block included
+    that `recompute` makes again."""
     trained = how.trained
     seen = bool(work.tiles)
     from_tiles = seen and bool(trained & {"vision", "projector"})
@@ -80,8 +81,8 @@ def working(config: VLMConfig, work: Work, how: How) -> int:
 
 
 def seeing(config: VLMConfig, work: Work, how: How) -> int:
-    """Bytes that the encoder needs in forward before anything is kept of it: a layer's hidden state,
-    and what is widest within it."""
+    """Bytes that the encoder needs in forward before anything is kept of it: a layer's hidden
+    state, and what is widest within it."""
     v = config.vision
     if v is None:
         return 0
@@ -91,7 +92,8 @@ def seeing(config: VLMConfig, work: Work, how: How) -> int:
 
 def _norm(tokens: int, width: int, kind: str, how: How, *, own: bool, flows: bool = True) -> int:
     """A norm's input; of an RMSNorm on a CPU, which has no kernel of its own for it, what its steps
-    keep: the input where a gradient flows to it, and where its weight is trained what that scales."""
+    keep: the input where a gradient flows to it, and where its weight is trained what that
+    scales."""
     if kind != "rmsnorm" or how.cuda:
         return tokens * width * how.size
     return tokens * width * FP32 * (flows + own)
@@ -179,7 +181,8 @@ def _depth(name: str) -> int:
 
 
 def _head(d: DecoderConfig, work: Work, how: How, *, flows: bool) -> int:
-    """The labelled tokens before and behind the last norm, and while they are few their exponentials."""
+    """The labelled tokens before and behind the last norm, and while they are few their
+    exponentials."""
     kept = work.labelled * d.vocab
     own = "head" in how.trained
     norm = _norm(work.labelled, d.width, d.norm, how, own=own, flows=flows)

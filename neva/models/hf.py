@@ -147,7 +147,8 @@ PROJECTOR_ALONE: dict[str, str] = {
     "[model.]image_newline": "image_newline",
     "[model.]image_vectors": "image_vectors",
 }
-"""A projector in a file of its own: LLaVA's mm_projector.bin, and ours. The vectors of start and end are ours alone."""
+"""A projector in a file of its own: LLaVA's mm_projector.bin, and ours. The vectors of start and
+end are ours alone."""
 
 NVLM_PROJECTOR: dict[str, str] = {
     "mlp1.0.{p}": "projector.0.{p}",
@@ -200,7 +201,8 @@ def is_numbered(names: Iterable[str]) -> bool:
 
 
 def one_spelling(table: Mapping[str, str], *, numbered: bool) -> dict[str, str]:
-    """A table with one of LLaVA's two spellings of a projector: for one of ours it must name one of theirs."""
+    """A table with one of LLaVA's two spellings of a projector: for one of ours it must name one of
+    theirs."""
     dropped = "mm_projector.{p}" if numbered else "mm_projector.{n}.{p}"
     return {theirs: ours for theirs, ours in table.items() if not theirs.endswith(dropped)}
 

@@ -79,7 +79,8 @@ class Group:
 
     @property
     def frozen(self) -> bool:
-        """Does none of them train? Such a group is stored in bf16 where a stage computes in bf16."""
+        """Does none of them train? Such a group is stored in bf16 where a stage computes in
+        bf16."""
         return not any(p.requires_grad for p in self.parameters)
 
 

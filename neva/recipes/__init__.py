@@ -73,7 +73,8 @@ def get(name: str) -> "tuple[TrainConfig, ...]":
 
 
 def _not_a_recipe(path: Path) -> str:
-    """What a path is, if not a saved config, and what to give in its place; empty for one that is not there."""
+    """What a path is, if not a saved config, and what to give in its place; empty for one that is
+    not there."""
     if path.name == "neva.yaml" and path.is_file():
         advice = _not_a_recipe(path.parent)
         return f"describes a checkpoint, {path.parent}, which {advice}" if advice else ""
@@ -95,7 +96,8 @@ def _not_a_recipe(path: Path) -> str:
 
 
 def listing() -> list[dict[str, Any]]:
-    """Every recipe as {"name", "stages", "description"}. No recipe is imported: their texts are read."""
+    """Every recipe as {"name", "stages", "description"}. No recipe is imported: their texts are
+    read."""
     rows = []
     for name, place in RECIPES.items():
         doc = _docs(place.module)[place.function]

@@ -227,8 +227,8 @@ def printed(
     lines: int = 2,
     flops: bool = False,
 ) -> str:
-    """Steps to print: means of losses and gradient norms, rates over their time, and how long what is
-    left takes, of which `left` is the seconds.
+    """Steps to print: means of losses and gradient norms, rates over their time, and how long what
+    is left takes, of which `left` is the seconds.
 
     At most `lines` of `columns` each; what matters least is left out where there is no room.
     """

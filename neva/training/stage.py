@@ -73,7 +73,8 @@ def check(
     first_step: int = 0,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Raise ValueError for what would stop the stage at its start: found before the first stage runs for hours.
+    """Raise ValueError for what would stop the stage at its start: found before the first stage
+    runs for hours.
 
     `resume` is a checkpoint of the stage to go on from; a line says what in it cannot be checked.
     """

@@ -57,7 +57,8 @@ class Hub:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """The three things that huggingface_hub asks for: a revision's commit, its files, and a file."""
+    """The three things that huggingface_hub asks for: a revision's commit, its files, and a
+    file."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -189,8 +190,8 @@ def refused(name: str) -> str:
 
 
 def llama2(folder: Path) -> Path:
-    """A repository as meta-llama/Llama-2-7b-hf is: its weights as safetensors and as torch files, in
-    shards, and again in a folder of another program."""
+    """A repository as meta-llama/Llama-2-7b-hf is: its weights as safetensors and as torch files,
+    in shards, and again in a folder of another program."""
     model = build(llama(vocab_size=SIZE), folder)
     add_text(folder, image=False, pad=False)
     model.save_pretrained(folder, max_shard_size="40KB")
@@ -312,7 +313,8 @@ def test_without_a_network_the_cache_is_taken(hub: Hub, tmp_path: Path, monkeypa
 
 
 def test_the_command_imports_what_it_downloads(hub: Hub, tmp_path: Path) -> None:
-    """`neva import hf:org/name --out DIR` in a process that finds the server through HF_ENDPOINT."""
+    """`neva import hf:org/name --out DIR` in a process that finds the server through
+    HF_ENDPOINT."""
     hub.add("meta/llama", llama2(tmp_path / "repo"))
     command = [sys.executable, "-m", "neva", "import", "hf:meta/llama", "--out", str(tmp_path / "neva")]
     home = {"HF_HOME": str(tmp_path / "own"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}

@@ -331,8 +331,8 @@ def test_index_that_runs_code(tmp_path):
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_inspect(kind, tp, tmp_path):
-    """Sizes as they are, the parameters of transformers' model, and no weight unpacked: the weights'
-    members of the archive are broken."""
+    """Sizes as they are, the parameters of transformers' model, and no weight unpacked: the
+    weights' members of the archive are broken."""
     both = pair(KINDS[kind](), tmp_path / "hf")
     decoder = both.ours.config.decoder
     more = {"override_vocab_size": 72}

@@ -72,7 +72,8 @@ WRAPPED = {
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_names_of_a_wrapper_are_named(name: str, tmp_path: Path) -> None:
-    """A model that was saved inside a wrapper: which, and what to do, in place of a list of names."""
+    """A model that was saved inside a wrapper: which, and what to do, in place of a list of
+    names."""
     rename, what, fix = WRAPPED[name]
     build(llama(), tmp_path / "hf")
     state = {rename(one): tensor for one, tensor in on_disk(tmp_path / "hf").items()}
@@ -113,7 +114,8 @@ def test_pixels_are_those_of_bit_image_processor(short: int, cut: int, size: tup
 
 
 def test_dinov2_as_it_is_published(tmp_path: Path) -> None:
-    """Its config says another side than its processor, which counts; pixels are compared at import."""
+    """Its config says another side than its processor, which counts; pixels are compared at
+    import."""
     build(tf.Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=70, patch_size=14), tmp_path / "seen")
     (tmp_path / "seen" / "preprocessor_config.json").write_text(json.dumps(DINO))
     build(llama(vocab_size=SIZE), tmp_path / "text")

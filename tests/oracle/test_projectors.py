@@ -76,7 +76,8 @@ def test_llavas_first_stage_is_gone_on_with(kind: str, given: str, tmp_path: Pat
 
 @pytest.mark.parametrize("prefix", ["mm_projector.", "model.mm_projector."])
 def test_a_folder_without_a_config(prefix: str, tmp_path: Path) -> None:
-    """The names and shapes say what it is; LLaVA's checkpoints on the way have other names of files."""
+    """The names and shapes say what it is; LLaVA's checkpoints on the way have other names of
+    files."""
     made = stage_one(tmp_path / "a", "mlp2x_gelu", prefix)
     (tmp_path / "a" / "config.json").unlink()
     assert inspect(tmp_path / "a")["projector"] == f"mlp2x_gelu, from features of width {WIDTH} to {OUT}"
@@ -87,7 +88,8 @@ def test_a_folder_without_a_config(prefix: str, tmp_path: Path) -> None:
 
 
 def test_with_an_encoder_of_its_own(tmp_path: Path) -> None:
-    """init.vision beside it is another import: the folder's config.json names LLaVA's encoder, but holds no model."""
+    """init.vision beside it is another import: the folder's config.json names LLaVA's encoder, but
+    holds no model."""
     from tests.families import build
 
     made = stage_one(tmp_path / "pretrained", "mlp2x_gelu")

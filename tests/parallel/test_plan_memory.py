@@ -96,7 +96,8 @@ def test_the_articles_models(name: str, stage: int) -> None:
 
 
 def test_cross_attention_that_trains_in_a_frozen_decoder() -> None:
-    """NVLM-X's first stage: its blocks are stored in bf16, though cross-attention inside them trains."""
+    """NVLM-X's first stage: its blocks are stored in bf16, though cross-attention inside them
+    trains."""
     config = recipes.get("nvlm-x-72b")[0]
     assert plan.memory(config, ranks=1, precision="bf16").weights / GIB == pytest.approx(156.1, abs=0.05)
 
@@ -113,7 +114,8 @@ def test_cross_attention_that_trains_in_a_frozen_decoder() -> None:
     ],
 )
 def test_odd_choices_of_what_trains(trainable: tuple[str, ...], precision: str) -> None:
-    """Parts of groups, cross-attention alone, and all but it; learned vectors beside the embedding."""
+    """Parts of groups, cross-attention alone, and all but it; learned vectors beside the
+    embedding."""
     (config, *_) = recipes.get("nvlm-x-tiny")
     if trainable[0] == "image_*":
         config = recipes.get("llava-tiny")[0]

@@ -21,7 +21,8 @@ from tests.unit.test_cost import CONFIGS, PLAIN, TRAINED, batch_of
 
 
 def saved_bytes(model: VLM, batch) -> int:
-    """Bytes of the tensors that autograd keeps of a forward, each storage once, without parameters."""
+    """Bytes of the tensors that autograd keeps of a forward, each storage once, without
+    parameters."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
     alive = []
@@ -61,7 +62,8 @@ MORE = {
 @pytest.mark.parametrize("trained", [name for name in TRAINED if name != "none"])
 @pytest.mark.parametrize("name", CONFIGS | MORE)
 def test_saved(name: str, trained: str) -> None:
-    """What is left out are indices and other small tensors, of which tiny models have a larger share."""
+    """What is left out are indices and other small tensors, of which tiny models have a larger
+    share."""
     config = (CONFIGS | MORE)[name]
     model, batch, work, parts = prepared(config, TRAINED[trained], torch.float32)
     counted = activations.saved(config, work, How(trained=parts, size=4, cuda=False)).total
@@ -88,7 +90,8 @@ def test_recompute_keeps_each_blocks_input_and_one_block() -> None:
 
 
 def peak(config: TrainConfig) -> int:
-    """Bytes at the highest point of a step: what lasts, and the allocator's own record of the rest."""
+    """Bytes at the highest point of a step: what lasts, and the allocator's own record of the
+    rest."""
     device = ranks.start()
     stage = prepare(config, mesh=ranks.make(config.parallel, device), device=device, say=lambda text: None)
     try:

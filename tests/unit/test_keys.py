@@ -1,4 +1,5 @@
-"""The keys of a stage: what is said of them, where a wrong one is meant to lie, and values of Python."""
+"""The keys of a stage: what is said of them, where a wrong one is meant to lie, and values of
+Python."""
 
 import dataclasses
 import json

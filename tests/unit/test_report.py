@@ -356,7 +356,8 @@ def metric(stage: str, step: int, **fields: object) -> dict:
 
 
 def run_folder(folder: Path) -> Path:
-    """A run of two stages of 4 steps that stands in the second, whose last line is being written."""
+    """A run of two stages of 4 steps that stands in the second, whose last line is being
+    written."""
     model = VLMS["llava-tiny"]
     stages = [TrainConfig(name=name, model=model, trainable=(trained,), steps=4) for name, trained in (("one", "projector.*"), ("two", "*"))]
     folder.mkdir()
